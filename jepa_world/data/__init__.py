@@ -1,0 +1,1 @@
+"""Readers, windows, normalisation and embedded samples."""

@@ -1,0 +1,128 @@
+"""The contracts between the parts. Nothing inherits from these: a plain `nn.Module` that fits is a part.
+
+Axes: b batch, t time, n tokens, d latent width, a action, s sample, h horizon, k context tokens,
+m target tokens, c/hh/ww image. One latent layout everywhere: `(b t n d)`; a vector latent has n = 1.
+`jepa_world.testing.check_encoder` and its sisters run anybody's part through its contract.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Cost = Callable[[Float[Tensor, "b s h a"]], Float[Tensor, "b s"]]
+"""What a planner minimises: the cost of every candidate action sequence of every episode."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Map a video to latents: `MyEncoder(observation_shape, *, ...)`.
+
+    `observation_shape` is `(t, c, hh, ww)`: the clip the encoder is built for. Video holds floats in
+    [0, 1] (the caller divides bytes by 255). An image is a clip with t = 1. An encoder that sees every
+    frame by itself returns t' = t and accepts any t; one with tubelets returns t' = t / tubelet.
+
+    Example:
+        >>> import torch
+        >>> from jepa_world.encoders.conv import ConvEncoder
+        >>> encoder = ConvEncoder((1, 3, 64, 64), dim=32)
+        >>> encoder(torch.rand(2, 4, 3, 64, 64)).shape
+        torch.Size([2, 4, 1, 32])
+    """
+
+    dim: int
+    num_tokens: int  # n: tokens of one time step t'
+
+    def __call__(
+        self, video: Float[Tensor, "b t c hh ww"], keep: Int[Tensor, "b k"] | None = None
+    ) -> Tensor:
+        """Return latents `(b t' n d)`, or `(b k d)` of the tokens `keep`, indices into t' * n."""
+        ...
+
+
+@runtime_checkable
+class MaskedPredictor(Protocol):
+    """Predict tokens that were not seen: `MyMaskedPredictor(dim, grid, *, ...)`.
+
+    `grid` is `(t', rows, columns)` of the encoder's tokens.
+    """
+
+    def __call__(
+        self,
+        context: Float[Tensor, "b k d"],
+        context_index: Int[Tensor, "b k"],
+        target_index: Int[Tensor, "b m"],
+    ) -> Float[Tensor, "b m d"]:
+        """Return the latents at `target_index`."""
+        ...
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Latent dynamics: `MyPredictor(dim, action_dim, *, ...)`.
+
+    The output at t is the latent at t + 1, computed from latents and actions at steps <= t only.
+
+    Example:
+        >>> import torch
+        >>> from jepa_world.predictors.mlp import MLPPredictor
+        >>> predictor = MLPPredictor(32, 2)
+        >>> predictor(torch.zeros(8, 3, 1, 32), torch.zeros(8, 3, 2)).shape
+        torch.Size([8, 3, 1, 32])
+    """
+
+    def __call__(
+        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b t a"]
+    ) -> Float[Tensor, "b t n d"]:
+        """Return the next latent of every step."""
+        ...
+
+
+@runtime_checkable
+class FastRollout(Protocol):
+    """A predictor may also offer this: the same numbers as calling it step by step, cheaper."""
+
+    def rollout(
+        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
+    ) -> Float[Tensor, "b h n d"]:
+        """Return the h = u - t + 1 latents after z, when actions 0..t-1 belong to the steps of z."""
+        ...
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """Minimise a cost over actions: `MyPlanner(low, high, horizon, *, ...)`.
+
+    `low` and `high` are `(a,)` bounds; every returned action lies within them. A planner sees a cost,
+    never a model. It draws its samples from a generator of its own, seeded by its `seed` option.
+
+    Example:
+        >>> import torch
+        >>> from jepa_world.planners.cem import CEM
+        >>> planner = CEM(torch.tensor([-1.0]), torch.tensor([1.0]), 5)
+        >>> plan = planner(lambda a: (a - 0.5).square().sum((-1, -2)), torch.zeros(1, 5, 1))
+        >>> plan.shape
+        torch.Size([1, 5, 1])
+    """
+
+    def __call__(self, cost: Cost, start: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
+        """Return the best plan found, searching around `start` (zeros, or the last plan shifted)."""
+        ...
+
+
+@runtime_checkable
+class SimulatorEnv(Protocol):
+    """An environment may also offer this: true distances, for the ceiling a perfect model would reach."""
+
+    def goal_distances(self, actions: Float[np.ndarray, "s h a"]) -> Float[np.ndarray, "s h"]:
+        """Return the true distance to the goal (in the unit of the tolerance) after every action.
+
+        Starts from the present state, which is left as it was; nothing is rendered.
+        """
+        ...
+
+    def goal_distance(self) -> float:
+        """Return the true distance to the goal now, in the unit of the tolerance."""
+        ...

@@ -1,0 +1,1 @@
+"""One file per system of the family: the module and its loss."""

@@ -1,0 +1,72 @@
+"""Short names of parts, as `package.module:Class` strings: nothing is imported before it is asked for."""
+
+import importlib
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+
+PARTS: dict[str, dict[str, str]] = {
+    "encoder": {
+        "conv": "jepa_world.encoders.conv:ConvEncoder",
+        "vit": "jepa_world.encoders.vit:ViTEncoder",
+    },
+    "predictor": {
+        "mlp": "jepa_world.predictors.mlp:MLPPredictor",
+        "adaln": "jepa_world.predictors.adaln:AdaLNPredictor",
+    },
+    "planner": {
+        "cem": "jepa_world.planners.cem:CEM",
+        "random_shooting": "jepa_world.planners.random_shooting:RandomShooting",
+    },
+}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: a command prints its one line and exits with code 2."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return "; nearest: X" for the closest known word, then the list of all."""
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    return (f"; nearest: {near[0]}" if near else "") + f"; known: {', '.join(sorted(known))}"
+
+
+def class_path(kind: str, name: str) -> str:
+    """Return the `package.module:Class` string of a short name, or the string itself if it is one.
+
+    Raises:
+        UserError: unknown short name.
+    """
+    if ":" in name:
+        return name
+    known = PARTS[kind]
+    if name not in known:
+        hint = did_you_mean(name, list(known))
+        raise UserError(f"unknown {kind} {name!r}{hint}; or give package.module:Class")
+    return known[name]
+
+
+def load_class(kind: str, name: str) -> type:
+    """Import the class of a part by its short name or `package.module:Class`.
+
+    The user's working directory is searched last, so that `my_module:MyPredictor` beside the user's
+    data is found whichever launcher started Python.
+
+    Raises:
+        UserError: unknown name, module that does not import, class that is not there.
+    """
+    path = class_path(kind, name)
+    module_name, _, class_name = path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{kind} {name!r} cannot be imported: {error}") from error
+    found = vars(module).get(class_name)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        hint = did_you_mean(class_name, classes)
+        raise UserError(f"{kind} {name!r}: module {module_name} has no class {class_name!r}{hint}")
+    return found
