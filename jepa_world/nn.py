@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -21,13 +24,250 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
 
+def several_processes() -> bool:
+    """Tell whether more than one process shares this computation."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def sum_over_processes(x: Tensor) -> Tensor:
     """Sum a tensor over all processes, differentiably; the tensor itself when there is one process.
 
-    Every process gets the same sum, and the backward pass sums the gradients of all of them. When each
-    process computes the same loss from the sum and the data-parallel wrapper then averages parameter
-    gradients, the result is the gradient of one process that holds all samples.
+    Every process gets the same sum, and the backward pass sums the gradients of all of them. When
+    each process computes the same loss from the sum and the data-parallel wrapper then averages
+    parameter gradients, the result is the gradient of one process that holds all samples.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_processes():
         return x
     return _SumOverProcesses.apply(x)  # type: ignore[no-any-return]
+
+
+class BatchNorm(nn.Module):
+    """Normalise the last axis over all others, with the statistics of all processes together.
+
+    On one process this is torch's batch norm. On several, mean and variance are those of the whole
+    batch, differentiably (torch's SyncBatchNorm refuses CPU tensors): N processes equal one.
+    A map `(b c hh ww)` in channels-last memory is `(b hh ww c)` at no cost.
+    (https://arxiv.org/abs/1502.03167, algorithm 1.)
+
+    Example:
+        >>> import torch
+        >>> BatchNorm(32, affine=False)(torch.randn(8, 4, 1, 32)).shape
+        torch.Size([8, 4, 1, 32])
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, dim: int, *, affine: bool = True, momentum: float = 0.1, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """Return the normalised tensor; in training mode, also move the running statistics."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.training and several_processes():
+            rows = self._normalise_over_processes(rows)
+        else:
+            rows = F.batch_norm(
+                rows,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                self.momentum,
+                self.eps,
+            )
+        return rows.view(x.shape)
+
+    def _normalise_over_processes(self, rows: Tensor) -> Tensor:
+        x = rows.float()
+        totals = sum_over_processes(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
+        count = totals[-1].detach()
+        mean = totals[:-1] / count
+        var = sum_over_processes((x - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        x = (x - mean) * torch.rsqrt(var + self.eps)
+        if self.weight is not None and self.bias is not None:
+            x = x * self.weight + self.bias
+        return x.to(rows.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (https://arxiv.org/abs/1706.03762, section 3.2).
+
+    `head_dim` need not be dim / heads: LeWorldModel has 16 heads of 64 at dim 192.
+
+    Example:
+        >>> import torch
+        >>> Attention(64, 4, causal=True)(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        causal: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % heads:
+            raise ValueError(f"dim {dim} does not divide into {heads} heads; give head_dim")
+        width = heads * (head_dim or dim // heads)
+        self.heads, self.causal, self.dropout = heads, causal, dropout
+        self.qkv = nn.Linear(dim, 3 * width)
+        self.out = nn.Linear(width, dim)
+
+    def forward(
+        self, x: Float[Tensor, "b l d"], mask: Tensor | None = None
+    ) -> Float[Tensor, "b l d"]:
+        """Attend from every position to every position, or to those where `mask` (l, l) is true."""
+        q, k, v = rearrange(self.qkv(x), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=self.causal
+        )
+        return self.out(rearrange(y, "b h l e -> b l (h e)"))
+
+
+class MLP(nn.Sequential):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, *, out: int | None = None, dropout: float = 0.0):
+        super().__init__(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out or dim)
+        )
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block (https://arxiv.org/abs/2010.11929, equations 2 and 3).
+
+    Example:
+        >>> import torch
+        >>> Block(64, 4)(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        causal: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, heads, causal=causal, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout=dropout)
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        """Return tokens that have exchanged information."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class AdaLNBlock(nn.Module):
+    """Transformer block with a condition for every position: AdaLN-zero.
+
+    The condition gives a shift, a scale and a gate to both halves of the block; all start at zero,
+    so the block starts as the identity. (DiT, https://arxiv.org/abs/2212.09748, section 3.2.)
+
+    Example:
+        >>> import torch
+        >>> x, condition = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+        >>> torch.equal(AdaLNBlock(64, 4)(x, condition), x)
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(dim, heads, head_dim=head_dim, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l d"],
+        condition: Float[Tensor, "b l d"],
+        mask: Tensor | None = None,
+    ) -> Float[Tensor, "b l d"]:
+        """Return the tokens, each modulated by its own condition."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(
+            6, -1
+        )
+        y = self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), mask)
+        x = x + gate1 * self.dropout(y)
+        y = self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
+        return x + gate2 * self.dropout(y)
+
+
+class Projector(nn.Sequential):
+    """Head that ends in a batch norm without affine: every channel has mean 0 and variance 1.
+
+    SIGReg asks for N(0, I); the head leaves it the shape and the correlations. With `hidden` it is
+    an MLP as in LeWorldModel (https://arxiv.org/abs/2603.19312), without it one linear map.
+
+    Example:
+        >>> import torch
+        >>> Projector(64, 32)(torch.randn(8, 64)).shape
+        torch.Size([8, 32])
+    """
+
+    def __init__(self, dim: int, out: int, *, hidden: int | None = None) -> None:
+        layers: list[nn.Module] = []
+        if hidden is not None:
+            layers = [nn.Linear(dim, hidden, bias=False), BatchNorm(hidden), nn.GELU()]
+            dim = hidden
+        super().__init__(*layers, nn.Linear(dim, out, bias=False), BatchNorm(out, affine=False))
+
+
+def sincos_positions(dim: int, *shape: int) -> Float[Tensor, "l d"]:
+    """Return fixed sine-cosine positions of a grid with one, two or three axes, in raster order.
+
+    An axis of e channels has [sin(p w), cos(p w)] with w_i = 10000^(-i / (e / 2)), p the integer
+    position (https://arxiv.org/abs/1706.03762, section 3.5). The last axis (columns) comes first in
+    the channels, as in I-JEPA; channels that do not divide stay zero.
+
+    Raises:
+        ValueError: fewer than two channels for an axis.
+    """
+    pairs = dim // (2 * len(shape))
+    if pairs == 0:
+        raise ValueError(f"dim {dim} is too small for positions on {len(shape)} axes")
+    omega = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    axes = torch.meshgrid(*(torch.arange(length) for length in shape), indexing="ij")
+    angles = [axis.flatten()[:, None] * omega for axis in reversed(axes)]
+    positions = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], -1)
+    return F.pad(positions, (0, dim - positions.shape[-1])).float()
+
+
+def take_tokens(tokens: Float[Tensor, "b l d"], index: Tensor) -> Float[Tensor, "b k d"]:
+    """Return the tokens at `index` (b, k), per sample."""
+    return tokens.gather(1, repeat(index, "b k -> b k d", d=tokens.shape[-1]))
