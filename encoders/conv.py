@@ -1,0 +1,73 @@
+"""A small strided convolutional encoder: one vector latent for every frame.
+
+Every stage halves the map and doubles the channels (convolution, batch norm, ReLU); a projector
+with a final batch norm (`jepa_world.nn.Projector`) maps what is left to the latent.
+"""
+
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, channels_last, nn
+
+from jepa_world.nn import BatchNorm, Projector, take_tokens
+
+
+class ConvEncoder(nn.Module):
+    """Encode each frame by itself into one token; the default on a CPU.
+
+    Fastest where video is a permuted view of `(b t hh ww c)` memory, as image bytes are: nothing is
+    copied then. `width` is the channels of the first stage; `hidden`, if given, makes the projector
+    an MLP.
+
+    Raises:
+        ValueError: the frame is smaller than 2^stages pixels.
+
+    Example:
+        >>> import torch
+        >>> encoder = ConvEncoder((1, 3, 64, 64), dim=32)
+        >>> encoder(torch.rand(2, 4, 3, 64, 64)).shape
+        torch.Size([2, 4, 1, 32])
+    """
+
+    def __init__(
+        self,
+        observation_shape: tuple[int, int, int, int],
+        *,
+        dim: int = 32,
+        width: int = 16,
+        stages: int = 4,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        _, channels, rows, columns = observation_shape
+        if min(rows, columns) < 2**stages:
+            raise ValueError(
+                f"a frame of {rows} x {columns} pixels is too small for {stages} halvings; "
+                f"use at least {2**stages} pixels or fewer stages"
+            )
+        self.dim, self.num_tokens = dim, 1
+        widths = [channels, *(width * 2**stage for stage in range(stages))]
+        self.stages = nn.Sequential(*map(_Stage, widths[:-1], widths[1:]))
+        area = -(-rows // 2**stages) * -(-columns // 2**stages)
+        self.projector = Projector(area * widths[-1], dim, hidden=hidden)
+
+    def forward(
+        self, video: Float[Tensor, "b t c hh ww"], keep: Int[Tensor, "b k"] | None = None
+    ) -> Tensor:
+        """Return `(b t 1 d)`, or `(b k d)` of the frames `keep`."""
+        frames = rearrange(video, "b t c hh ww -> (b t) c hh ww")
+        maps = self.stages(frames.contiguous(memory_format=channels_last))
+        z = self.projector(rearrange(maps, "f c hh ww -> f (hh ww c)"))
+        z = rearrange(z, "(b t) d -> b t d", b=len(video))
+        return z.unsqueeze(2) if keep is None else take_tokens(z, keep)
+
+
+class _Stage(nn.Module):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False)
+        self.norm = BatchNorm(out)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(rearrange(self.conv(x), "f c hh ww -> f hh ww c"))
+        return rearrange(x.relu(), "f hh ww c -> f c hh ww")
