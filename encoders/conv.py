@@ -15,8 +15,14 @@ class ConvEncoder(nn.Module):
     """Encode each frame by itself into one token; the default on a CPU.
 
     Fastest where video is a permuted view of `(b t hh ww c)` memory, as image bytes are: nothing is
-    copied then. `width` is the channels of the first stage; `hidden`, if given, makes the projector
-    an MLP.
+    copied then.
+
+    Args:
+        observation_shape: `(t, c, hh, ww)`; any t is accepted later.
+        dim: Width of the latent.
+        width: Channels of the first stage; every later one has twice as many.
+        stages: Number of halvings.
+        hidden: Width of the projector's hidden layer; none makes the projector linear.
 
     Raises:
         ValueError: the frame is smaller than 2^stages pixels.
@@ -70,4 +76,4 @@ class _Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(rearrange(self.conv(x), "f c hh ww -> f hh ww c"))
-        return rearrange(x.relu(), "f hh ww c -> f c hh ww")
+        return rearrange(x.relu_(), "f hh ww c -> f c hh ww")

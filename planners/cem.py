@@ -20,10 +20,22 @@ from torch import Tensor
 class CEM:
     """Minimise a cost over action sequences, for all episodes at once.
 
-    `std` and `min_std` are in units of half the action range. Samples are clamped to the bounds
-    before they are evaluated. The mean, and from the second iteration on the `keep_elites` best
-    samples, take part in the next iteration. All episodes see the same noise: the plan of one does
-    not depend on the others.
+    Samples are clamped to the bounds before they are evaluated; the first of them is the mean. All
+    episodes see the same noise, so the plan of one does not depend on the others.
+
+    Args:
+        low: Lower bound of an action.
+        high: Upper bound of an action.
+        horizon: Steps of a plan.
+        samples: Action sequences evaluated in an iteration.
+        elites: Cheapest samples that mean and standard deviation are moved to.
+        iterations: Rounds of sampling.
+        std: Standard deviation of the first iteration, in units of half the action range.
+        min_std: Least standard deviation, in the same unit.
+        momentum: Share of the old mean and standard deviation that is kept.
+        correlation: Autocorrelation of the noise in the first half of the iterations.
+        keep_elites: Best samples that are evaluated again in the next iteration.
+        seed: Of the planner's own generator.
 
     Raises:
         ValueError: keep_elites <= elites < samples does not hold.

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 class MLPPredictor(nn.Module):
     """Predict the change of every token from its own last `history` values and actions.
 
-    Steps before the first repeat the first. Tokens do not see each other. `depth` counts the hidden
-    layers, of `width` units each.
+    Steps before the first repeat the first. Tokens do not see each other.
+
+    Args:
+        dim: Width of a latent token.
+        action_dim: Width of an action.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers.
+        history: Steps seen, the present one included.
 
     Example:
         >>> import torch

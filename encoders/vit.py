@@ -1,0 +1,176 @@
+"""Vision transformers over patches of a clip, with fixed sine-cosine positions.
+
+`ViTEncoder` returns patch tokens, `PooledViTEncoder` one vector for every time step. Neither has a
+CLS token. (ViT, https://arxiv.org/abs/2010.11929, section 3.1; tubelets as in V-JEPA,
+https://arxiv.org/abs/2404.08471, section 3.)
+"""
+
+from typing import Literal
+
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from jepa_world.nn import Block, Projector, sincos_positions, take_tokens
+
+Size = Literal["tiny", "small", "base", "large", "huge"]
+SIZES: dict[Size, tuple[int, int, int]] = {  # width, depth, heads
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+class ViTEncoder(nn.Module):
+    """Encode a clip into its patch tokens; all tokens of a clip see each other.
+
+    The encoder is built for clips of t frames. A longer video counts as several clips, each encoded
+    by itself: built for t = 1, it encodes every frame by itself and accepts any number of them.
+
+    Args:
+        observation_shape: `(t, c, hh, ww)` of a clip.
+        size: Preset of width, depth and heads.
+        patch: Side of a patch in pixels.
+        tubelet: Frames of a patch.
+        dim: Width of the tokens, in place of the preset's.
+        depth: Number of blocks, in place of the preset's.
+        heads: Attention heads, in place of the preset's.
+
+    Raises:
+        ValueError: the clip does not divide into patches, or the width into heads.
+
+    Example:
+        >>> import torch
+        >>> encoder = ViTEncoder((4, 3, 32, 32), tubelet=2, dim=64, depth=2, heads=2)
+        >>> video = torch.rand(2, 4, 3, 32, 32)
+        >>> encoder(video).shape
+        torch.Size([2, 2, 16, 64])
+        >>> encoder(video, keep=torch.tensor([[0, 5, 31], [7, 8, 9]])).shape
+        torch.Size([2, 3, 64])
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        observation_shape: tuple[int, int, int, int],
+        *,
+        size: Size = "tiny",
+        patch: int = 8,
+        tubelet: int = 1,
+        dim: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        frames, channels, rows, columns = observation_shape
+        if frames % tubelet or rows % patch or columns % patch:
+            raise ValueError(
+                f"a clip of {frames} x {rows} x {columns} (frames, rows, columns) does not divide "
+                f"into patches of {tubelet} x {patch} x {patch}"
+            )
+        preset_dim, preset_depth, preset_heads = SIZES[size]
+        self.dim = dim or preset_dim
+        self.grid = (frames // tubelet, rows // patch, columns // patch)
+        self.num_tokens = self.grid[1] * self.grid[2]
+        self.patch, self.tubelet = patch, tubelet
+        self.embed = nn.Linear(tubelet * patch * patch * channels, self.dim)
+        axes = self.grid if self.grid[0] > 1 else self.grid[1:]
+        self.register_buffer("positions", sincos_positions(self.dim, *axes), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(self.dim, heads or preset_heads) for _ in range(depth or preset_depth)
+        )
+        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.apply(_initialise)
+
+    def forward(
+        self, video: Float[Tensor, "b t c hh ww"], keep: Int[Tensor, "b k"] | None = None
+    ) -> Tensor:
+        """Return `(b t' n d)`, or `(b k d)` of the tokens `keep`, the only ones that are computed.
+
+        Raises:
+            ValueError: the video is not a whole number of clips, or not one clip with `keep`.
+        """
+        frames = self.grid[0] * self.tubelet
+        if video.shape[1] % frames or (keep is not None and video.shape[1] != frames):
+            raise ValueError(
+                f"encoder is built for clips of {frames} frames, got {video.shape[1]}: give a "
+                f"multiple, or exactly {frames} with keep"
+            )
+        patches = rearrange(
+            video,
+            "b (clip t p) c (y q) (x r) -> (b clip) (t y x) (p q r c)",
+            t=self.grid[0],
+            p=self.tubelet,
+            q=self.patch,
+            r=self.patch,
+        )
+        if keep is not None:
+            return self._encode(take_tokens(patches, keep), self.positions[keep])
+        tokens = self._encode(patches, self.positions)
+        return rearrange(
+            tokens, "(b clip) (t n) d -> b (clip t) n d", b=len(video), n=self.num_tokens
+        )
+
+    def _encode(self, patches: Tensor, positions: Tensor) -> Tensor:
+        x = self.embed(patches) + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class PooledViTEncoder(nn.Module):
+    """Encode each frame by itself into one token: the mean of its patch tokens, projected.
+
+    Args:
+        observation_shape: `(t, c, hh, ww)`; any t is accepted later.
+        dim: Width of the latent.
+        size: Preset of the transformer's width, depth and heads.
+        patch: Side of a patch in pixels.
+        width: Width of the transformer, in place of the preset's.
+        depth: Number of blocks, in place of the preset's.
+        heads: Attention heads, in place of the preset's.
+        hidden: Width of the projector's hidden layer; none makes the projector linear.
+
+    Raises:
+        ValueError: the frame does not divide into patches, or the width into heads.
+
+    Example:
+        >>> import torch
+        >>> encoder = PooledViTEncoder((1, 3, 32, 32), dim=32, width=64, depth=2, heads=2)
+        >>> encoder(torch.rand(2, 4, 3, 32, 32)).shape
+        torch.Size([2, 4, 1, 32])
+    """
+
+    def __init__(
+        self,
+        observation_shape: tuple[int, int, int, int],
+        *,
+        dim: int = 32,
+        size: Size = "tiny",
+        patch: int = 8,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        hidden: int | None = 2048,
+    ) -> None:
+        super().__init__()
+        frame = (1, *observation_shape[1:])
+        self.vit = ViTEncoder(frame, size=size, patch=patch, dim=width, depth=depth, heads=heads)
+        self.projector = Projector(self.vit.dim, dim, hidden=hidden)
+        self.dim, self.num_tokens = dim, 1
+
+    def forward(
+        self, video: Float[Tensor, "b t c hh ww"], keep: Int[Tensor, "b k"] | None = None
+    ) -> Tensor:
+        """Return `(b t 1 d)`, or `(b k d)` of the frames `keep`."""
+        z = self.projector(self.vit(video).mean(2))
+        return z.unsqueeze(2) if keep is None else take_tokens(z, keep)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
