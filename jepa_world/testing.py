@@ -1,0 +1,375 @@
+"""Run anybody's part through its contract, and say in one line which promise it breaks.
+
+Each check works on a copy of the part and restores the global random state: what is checked is left
+as it was, its mode and running statistics included. The contracts are in `jepa_world.interfaces`.
+"""
+
+import copy
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, cast
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.utils import env_checker
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jepa_world.interfaces import Encoder, FastRollout, Planner, SimulatorEnv
+from jepa_world.registry import UserError
+
+
+class ContractError(UserError):
+    """A part broke a promise of its contract."""
+
+
+def check_encoder(encoder: nn.Module, observation_shape: tuple[int, int, int, int]) -> None:
+    """Check an encoder built for clips `(t, c, hh, ww)`.
+
+    Shapes, `dim` and `num_tokens`, `keep`, finite and repeatable latents, samples that do not
+    depend on each other in evaluation mode, gradients for all parameters. An encoder built for
+    t = 1 must take any number of frames, and encode each by itself.
+
+    Raises:
+        ContractError: naming the promise that was broken.
+
+    Example:
+        >>> from jepa_world.encoders.conv import ConvEncoder
+        >>> check_encoder(ConvEncoder((1, 3, 32, 32)), (1, 3, 32, 32))
+    """
+    with _probe(encoder) as (probe, generator), torch.no_grad():
+        if not isinstance(probe, Encoder):
+            raise ContractError("encoder lacks an attribute: `dim` and `num_tokens`, both int")
+        video = torch.rand(3, *observation_shape, generator=generator).to(_device(probe))
+        z = _encode(probe, probe, video)
+        _check_repeatable("encoder", probe, (video,), z)
+        _check_samples_apart("encoder", probe, (video,), z)
+        _encode(probe, probe, torch.zeros_like(video))
+        _check_keep(probe, video, z, generator)
+        if observation_shape[0] == 1:
+            _check_frames_apart(probe, probe, video)
+        _check_gradients("encoder", probe, {"video": video}, needed=())
+
+
+def check_predictor(
+    predictor: nn.Module, dim: int, action_dim: int, *, num_tokens: int = 1
+) -> None:
+    """Check a predictor of latents `(b t n d)` under actions `(b t a)`.
+
+    Shape, finite and repeatable outputs, no look into the future, samples that do not depend on
+    each other in evaluation mode, gradients for latents, actions and all parameters, and a
+    `rollout`, if there is one, that equals step-by-step calls. Parameters are shaken a little
+    first: a predictor that starts as a copy of the latent would pass everything.
+
+    Raises:
+        ContractError: naming the promise that was broken.
+
+    Example:
+        >>> from jepa_world.predictors.mlp import MLPPredictor
+        >>> check_predictor(MLPPredictor(32, 2), 32, 2)
+    """
+    with _probe(predictor) as (probe, generator), torch.no_grad():
+        _shake(probe, generator)
+        z = torch.randn(3, 5, num_tokens, dim, generator=generator).to(_device(probe))
+        action = torch.rand(3, 5, action_dim, generator=generator).to(z) * 2 - 1
+        _predict(probe, z[:, :1], action[:, :1])
+        following = _predict(probe, z, action)
+        _check_repeatable("predictor", probe, (z, action), following)
+        _check_samples_apart("predictor", probe, (z, action), following)
+        _check_causal(probe, z, action, following)
+        if isinstance(probe, FastRollout):
+            _check_rollout(probe, probe, z[:, :2], action)
+        inputs = {"latent": z, "action": action}
+        _check_gradients("predictor", probe, inputs, needed=("latent", "action"))
+
+
+def check_planner(
+    build: Callable[[], Planner],
+    low: Float[Tensor, "a"],
+    high: Float[Tensor, "a"],
+    horizon: int,
+) -> None:
+    """Check a planner; `build` makes a new one, with the same seed each time.
+
+    Shape, bounds of all that is evaluated or returned, an input left as it was, the same plan under
+    the same seed, and a plan that is better than a bad start.
+
+    Raises:
+        ContractError: naming the promise that was broken.
+
+    Example:
+        >>> from jepa_world.planners.cem import CEM
+        >>> low, high = -torch.ones(2), torch.ones(2)
+        >>> check_planner(lambda: CEM(low, high, 5), low, high, 5)
+    """
+    target = low + (high - low) * torch.tensor([0.25, 0.75])[:, None, None]  # of two episodes
+
+    def cost(actions: Tensor) -> Tensor:
+        if actions.ndim != 4 or actions.shape[0] != 2 or actions.shape[2:] != (horizon, len(low)):
+            expected = f"(2, samples, {horizon}, {len(low)})"
+            raise ContractError(f"planner evaluated {tuple(actions.shape)}, expected {expected}")
+        _check_bounds("evaluated", actions, low, high)
+        return (actions - target[:, None]).square().sum((-1, -2))
+
+    start = high.expand(2, horizon, -1).clone()
+    with torch.random.fork_rng(()):  # pyright: ignore[reportUnknownMemberType]
+        plan = build()(cost, start)
+        _check_tensor("planner", plan, tuple(start.shape), "one plan for every episode")
+        _check_bounds("returned", plan, low, high)
+        if not torch.equal(start, high.expand_as(start)):
+            raise ContractError("planner changed `start` in place")
+        if bool((cost(plan[:, None]) >= cost(start[:, None])).any()):
+            raise ContractError("planner returned a plan no better than its start on a quadratic")
+        if not torch.equal(plan, build()(cost, start)):
+            raise ContractError("planner returned two plans under the same seed")
+
+
+def check_env(env: gymnasium.Env[Any, Any], *, configuration: Any = None) -> None:
+    """Check an environment: gymnasium's own `check_env` and the promises of ours.
+
+    Actions in [-1, 1], an image of bytes, `info["goal"]` like an observation, `info["success"]` a
+    bool, the same frames under the same seed, and true distances that agree with what happens, if
+    the environment offers them.
+
+    Args:
+        env: The environment; it is left after a reset.
+        configuration: A value for the reset options `start` and `goal`. Given to both, the first
+            frame must be the goal and a success.
+
+    Raises:
+        ContractError: naming the promise that was broken.
+    """
+    inner: gymnasium.Env[Any, Any] = env.unwrapped
+    _check_spaces(inner)
+    try:
+        env_checker.check_env(inner)
+    except Exception as error:
+        raise ContractError(f"env fails gymnasium's check_env: {_one_line(error)}") from error
+    frames = _episode(inner, seed=1)
+    if not np.array_equal(frames, _episode(inner, seed=1)):
+        raise ContractError("env showed different frames under the same seed and actions")
+    if configuration is not None:
+        options = {"start": configuration, "goal": configuration}
+        observation, info = inner.reset(seed=1, options=options)
+        if not (np.array_equal(observation, info["goal"]) and info["success"]):
+            raise ContractError("env started at the goal, but the frame or `success` disagrees")
+    if isinstance(inner, SimulatorEnv):
+        _check_distances(inner, inner)
+    inner.reset(seed=1)
+
+
+@contextmanager
+def _probe(module: nn.Module) -> Generator[tuple[nn.Module, torch.Generator]]:
+    """Give a copy in evaluation mode, and a generator; keep the global random state."""
+    device = _device(module)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # pyright: ignore[reportUnknownMemberType]
+        yield copy.deepcopy(module).eval(), torch.Generator().manual_seed(0)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters(), torch.empty(0)).device
+
+
+def _shake(module: nn.Module, generator: torch.Generator) -> None:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter), alpha=0.05)
+
+
+def _call(part: str, function: Callable[..., Any], *inputs: Tensor, **options: Tensor) -> Any:
+    try:
+        return function(*inputs, **options)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (*inputs, *options.values()))
+        raise ContractError(f"{part} failed on input {shapes}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _check_tensor(part: str, output: Any, shape: tuple[int, ...], promise: str) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ContractError(f"{part} returned {type(output).__name__}, expected a tensor")
+    if output.shape != shape:
+        raise ContractError(f"{part} returned {tuple(output.shape)}, expected {shape}: {promise}")
+    if not bool(output.isfinite().all()):
+        raise ContractError(f"{part} returned NaN or infinity for finite input")
+    return output
+
+
+def _encode(encoder: Encoder, module: nn.Module, video: Tensor) -> Tensor:
+    z = _call("encoder", module, video)
+    steps = z.shape[1] if isinstance(z, Tensor) and z.ndim == 4 else video.shape[1]
+    expected = (len(video), steps, encoder.num_tokens, encoder.dim)
+    z = _check_tensor("encoder", z, expected, "(b t' num_tokens dim)")
+    if steps == 0 or video.shape[1] % steps:
+        raise ContractError(f"encoder returned {steps} steps for {video.shape[1]} frames")
+    return z
+
+
+def _predict(predictor: nn.Module, z: Tensor, action: Tensor) -> Tensor:
+    following = _call("predictor", predictor, z, action)
+    promise = "one latent for every input step"
+    return _check_tensor("predictor", following, tuple(z.shape), promise)
+
+
+def _gap(x: Tensor, y: Tensor) -> Tensor:
+    """Return where (over samples and steps) two latents differ by more than rounding."""
+    return (x - y).abs().flatten(2).amax(2) > 1e-4 * (1 + y.abs().max())
+
+
+def _check_repeatable(
+    part: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    if bool(_gap(module(*inputs), output).any()):
+        raise ContractError(f"{part} is not deterministic in evaluation mode")
+
+
+def _check_samples_apart(
+    part: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    others = tuple(torch.cat([x[:1], x[1:].flip(-1) * 0.5]) for x in inputs)
+    if bool(_gap(module(*others), output)[0].any()):
+        raise ContractError(
+            f"{part} mixes samples in evaluation mode: changing one of the batch changes another"
+        )
+
+
+def _check_keep(encoder: nn.Module, video: Tensor, z: Tensor, generator: torch.Generator) -> None:
+    tokens = z.flatten(1, 2)
+    order = torch.rand(tokens.shape[:2], generator=generator).argsort(1).to(video.device)
+    few = order[:, : max(1, tokens.shape[1] // 2)]
+    kept = _call("encoder", encoder, video, keep=few)
+    _check_tensor("encoder", kept, (*few.shape, z.shape[-1]), "(b k dim) with keep (b k)")
+    every = _call("encoder", encoder, video, keep=order)
+    expected = tokens.gather(1, order[..., None].expand_as(tokens))
+    if bool(_gap(every, expected).any()):
+        raise ContractError("encoder with all tokens in `keep` differs from encoder without")
+
+
+def _check_frames_apart(encoder: Encoder, module: nn.Module, video: Tensor) -> None:
+    clip = video.flatten(0, 1)[None]
+    z = _encode(encoder, module, clip)
+    by_frame = _encode(encoder, module, video).flatten(0, 1)[None]
+    if z.shape != by_frame.shape or bool(_gap(z, by_frame).any()):
+        raise ContractError(
+            "encoder is built for one frame, but frames of a longer video are not encoded each "
+            "by itself"
+        )
+
+
+def _check_causal(predictor: nn.Module, z: Tensor, action: Tensor, following: Tensor) -> None:
+    for step, name in product((1, 4), ("latent", "action")):
+        changed = {"latent": z.clone(), "action": action.clone()}
+        changed[name][:, step:] = 5 * changed[name][:, step:].flip(0) + 1
+        gap = _gap(predictor(changed["latent"], changed["action"]), following)[:, :step]
+        if bool(gap.any()):
+            early = int(gap.any(0).nonzero()[0])
+            raise ContractError(
+                f"predictor looks into the future: changing the {name} of step {step} changes its "
+                f"output at step {early}"
+            )
+
+
+def _check_rollout(fast: FastRollout, predictor: nn.Module, z: Tensor, action: Tensor) -> None:
+    known, horizon = z.shape[1], action.shape[1] - z.shape[1] + 1
+    future = _call("predictor.rollout", fast.rollout, z, action)
+    expected = (len(z), horizon, *z.shape[2:])
+    promise = "one latent for every action from the last known step on"
+    future = _check_tensor("predictor.rollout", future, expected, promise)
+    for step in range(known, action.shape[1] + 1):
+        z = torch.cat([z, predictor(z, action[:, :step])[:, -1:]], 1)
+    gap = _gap(future, z[:, known:])
+    if bool(gap.any()):
+        step = int(gap.any(0).nonzero()[0]) + 1
+        raise ContractError(
+            f"predictor.rollout differs from calling it step by step at step {step}"
+        )
+
+
+def _check_gradients(
+    part: str, module: nn.Module, inputs: dict[str, Tensor], *, needed: tuple[str, ...]
+) -> None:
+    weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    sources = {name: inputs[name].requires_grad_() for name in needed}
+    sources |= {f"parameter {name}": p for name, p in weights.items()}
+    if not sources:
+        return
+    with torch.enable_grad():
+        output: Tensor = module.train()(*inputs.values())
+        if not output.requires_grad:
+            raise ContractError(f"{part} returned a tensor without gradient")
+        weighted = (output * torch.linspace(0.5, 1.5, output.shape[-1]).to(output)).sum()
+        gradients = cast(
+            tuple[Tensor | None, ...],
+            torch.autograd.grad(weighted, list(sources.values()), allow_unused=True),
+        )
+    for name, gradient in zip(sources, gradients, strict=True):
+        if gradient is None:
+            raise ContractError(f"{part} passes no gradient to {name}")
+        if not bool(gradient.isfinite().all()):
+            raise ContractError(f"{part} passes NaN or infinity as the gradient of {name}")
+
+
+def _check_bounds(verb: str, actions: Tensor, low: Tensor, high: Tensor) -> None:
+    if not bool(((actions >= low) & (actions <= high)).all()):
+        raise ContractError(f"planner {verb} an action outside its bounds")
+
+
+def _check_spaces(env: gymnasium.Env[Any, Any]) -> None:
+    action: Any = env.action_space
+    observation: Any = env.observation_space
+    boxes = [isinstance(space, gymnasium.spaces.Box) for space in (action, observation)]
+    if not boxes[0] or np.any(action.low != -1) or np.any(action.high != 1):
+        raise ContractError(f"env has action space {action}, expected a Box in [-1, 1]")
+    if not boxes[1] or observation.dtype != np.dtype(np.uint8):
+        raise ContractError(f"env has observation space {observation}, expected a Box of uint8")
+    if len(observation.shape) != 3:
+        raise ContractError(f"env has observations {observation.shape}, expected (hh, ww, c)")
+
+
+def _episode(env: gymnasium.Env[Any, Any], *, seed: int) -> np.ndarray:
+    """Return the goal and four frames under a seed, after checking `info` at each."""
+    observation, info = env.reset(seed=seed)
+    frames: list[Any] = [_goal(env, info), observation]
+    for action in _actions(env, 3):
+        observation, _, _, _, info = env.step(action)
+        _goal(env, info)
+        frames.append(observation.copy())
+    return np.stack(frames)
+
+
+def _actions(env: gymnasium.Env[Any, Any], *shape: int) -> np.ndarray:
+    space: Any = env.action_space
+    return np.random.default_rng(0).uniform(-1, 1, (*shape, *space.shape)).astype(space.dtype)
+
+
+def _goal(env: gymnasium.Env[Any, Any], info: dict[str, Any]) -> Any:
+    if missing := {"goal", "success"} - set(info):
+        raise ContractError(f"env gives no info {sorted(missing)}")
+    if not env.observation_space.contains(info["goal"]):
+        raise ContractError("env gives an info['goal'] that is not in its observation space")
+    if not isinstance(info["success"], bool):
+        kind = type(info["success"]).__name__
+        raise ContractError(f"env gives info['success'] as {kind}, expected bool")
+    return info["goal"].copy()
+
+
+def _check_distances(simulator: SimulatorEnv, env: gymnasium.Env[Any, Any]) -> None:
+    actions = _actions(env, 2, 3)
+    env.reset(seed=2)
+    before = simulator.goal_distance()
+    foreseen = simulator.goal_distances(actions)
+    if foreseen.shape != (2, 3):
+        raise ContractError(f"env.goal_distances returned {foreseen.shape}, expected (2, 3)")
+    if simulator.goal_distance() != before:
+        raise ContractError("env.goal_distances moved the environment")
+    for step, action in enumerate(actions[0]):
+        env.step(action)
+        if not np.isclose(foreseen[0, step], simulator.goal_distance(), atol=1e-6):
+            raise ContractError(f"env.goal_distances disagrees with what happens at step {step}")
