@@ -87,18 +87,20 @@ class BatchNorm(nn.Module):
         return rows.view(x.shape)
 
     def _normalise_over_processes(self, rows: Tensor) -> Tensor:
-        x = rows.float()
-        totals = sum_over_processes(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
-        count = totals[-1].detach()
-        mean = totals[:-1] / count
-        var = sum_over_processes((x - mean).square().sum(0)) / count
+        x = rows.to(self.running_mean.dtype)
+        own_var, own_mean = torch.var_mean(x, 0, correction=0)
+        count = sum_over_processes(x.new_tensor(len(x)))
+        share = len(x) / count
+        mean = sum_over_processes(share * own_mean)
+        var = sum_over_processes(share * (own_var + (own_mean - mean).square()))
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        x = (x - mean) * torch.rsqrt(var + self.eps)
-        if self.weight is not None and self.bias is not None:
-            x = x * self.weight + self.bias
-        return x.to(rows.dtype)
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        return torch.addcmul(shift, x, scale).to(rows.dtype)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,147 @@
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+from jepa_world.nn import (
+    AdaLNBlock,
+    Attention,
+    BatchNorm,
+    Block,
+    Projector,
+    sincos_positions,
+    take_tokens,
+)
+
+
+def test_causal_attention_does_not_see_the_future():
+    attention = Attention(16, 2, causal=True)
+    x = torch.randn(2, 5, 16)
+    changed = x.clone()
+    changed[:, 3:] = 7.0
+    torch.testing.assert_close(attention(changed)[:, :3], attention(x)[:, :3])
+
+
+def test_attention_refuses_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="dim 10 does not divide into 3 heads"):
+        Attention(10, 3)
+    assert Attention(10, 3, head_dim=4)(torch.randn(1, 2, 10)).shape == (1, 2, 10)
+
+
+def test_block_is_equivariant_to_the_order_of_tokens():
+    block, x = Block(16, 2), torch.randn(2, 5, 16)
+    order = torch.randperm(5)
+    torch.testing.assert_close(block(x)[:, order], block(x[:, order]))
+
+
+def test_adaln_block_starts_as_identity_with_a_gradient_for_its_gates():
+    block, x = AdaLNBlock(16, 2), torch.randn(2, 5, 16)
+    y = block(x, torch.randn(2, 5, 16))
+    assert torch.equal(y, x)
+    y.square().sum().backward()
+    assert block.modulation.weight.grad is not None
+    assert block.modulation.weight.grad.abs().sum() > 0
+
+
+def test_adaln_block_conditions_every_position_by_itself():
+    block, x = AdaLNBlock(16, 2), torch.randn(1, 4, 16)
+    nn.init.normal_(block.modulation.weight)
+    condition = torch.randn(1, 4, 16)
+    changed = condition.clone()
+    changed[:, 2] += 1.0
+    own = torch.eye(4, dtype=torch.bool)  # no position sees another
+    moved = (block(x, changed, own) - block(x, condition, own)).abs().sum(-1)[0] > 1e-4
+    assert moved.tolist() == [False, False, True, False]
+
+
+def test_positions_are_the_published_formula_in_one_dimension():
+    positions = sincos_positions(8, 10)
+    omega = 10000.0 ** (-torch.arange(4) / 4)
+    expected = torch.cat([torch.sin(3 * omega), torch.cos(3 * omega)])
+    torch.testing.assert_close(positions[3], expected)
+
+
+def test_positions_of_an_image_encode_the_column_first():
+    positions = sincos_positions(16, 2, 3).view(2, 3, 16)
+    assert torch.equal(positions[0, :, :8], positions[1, :, :8])
+    assert torch.equal(positions[:, 0, 8:], positions[:, 2, 8:])
+
+
+def test_positions_of_a_clip_are_distinct_and_raster_ordered():
+    positions = sincos_positions(20, 2, 3, 4)
+    assert positions.shape == (24, 20)
+    assert len(positions.unique(dim=0)) == 24
+    assert torch.equal(positions.view(2, 3, 4, 20)[:, 1, 2, :12], positions[[6, 18], :12])
+    with pytest.raises(ValueError, match="dim 4 is too small for positions on 3 axes"):
+        sincos_positions(4, 2, 2, 2)
+
+
+def test_take_tokens_takes_per_sample():
+    tokens = torch.arange(6.0).view(2, 3, 1)
+    taken = take_tokens(tokens, torch.tensor([[2, 0], [1, 1]]))
+    assert taken.flatten(1).tolist() == [[2.0, 0.0], [4.0, 4.0]]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_is_torchs_on_one_process(affine):
+    ours, theirs = BatchNorm(6, affine=affine), nn.BatchNorm2d(6, affine=affine)
+    for training in (True, True, False):
+        ours.train(training)
+        theirs.train(training)
+        maps = 2 * torch.randn(4, 6, 5, 5).to(memory_format=torch.channels_last) + 1
+        y = ours(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(y, theirs(maps))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_batch_norm_keeps_bfloat16():
+    y = BatchNorm(6)(torch.randn(8, 3, 6, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert y.float().mean((0, 1)).abs().max() < 0.02
+
+
+def test_projector_gives_every_channel_mean_zero_and_variance_one():
+    for hidden in (None, 32):
+        z = Projector(16, 8, hidden=hidden)(5 * torch.randn(64, 16) + 3)
+        torch.testing.assert_close(z.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+        torch.testing.assert_close(z.var(0, correction=0), torch.ones(8), atol=1e-3, rtol=0)
+
+
+def _normalised_network():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 5), BatchNorm(5), nn.GELU(), Projector(5, 2, hidden=4))
+    return network.double(), torch.randn(7, 3).double() * 3 + 10, torch.randn(7, 2).double()
+
+
+def _train_a_part(rank, processes, folder):
+    """Give rank 0 three samples and rank 1 four; average gradients as data parallelism does."""
+    if processes > 1:
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    network, x, target = _normalised_network()
+    mine = slice(None) if processes == 1 else (slice(0, 3), slice(3, 7))[rank]
+    x = x[mine].requires_grad_()
+    y = network(x)
+    loss = (y - target[mine]).square().sum() * processes / 7
+    loss.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if processes > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient /= processes
+        dist.destroy_process_group()
+    assert x.grad is not None
+    result = (y.detach(), x.grad / processes, gradients, list(network.buffers()))
+    torch.save(result, f"{folder}/{processes}-{rank}.pt")
+
+
+def test_batch_norm_on_two_processes_equals_one(tmp_path):
+    _train_a_part(0, 1, tmp_path)
+    spawn(_train_a_part, (2, str(tmp_path)), nprocs=2)
+    one = torch.load(tmp_path / "1-0.pt")
+    parts = [torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)]
+    for index in (0, 1):  # outputs and input gradients, sample by sample
+        torch.testing.assert_close(torch.cat([p[index] for p in parts]), one[index])
+    for part in parts:  # parameter gradients and running statistics, the same everywhere
+        torch.testing.assert_close(part[2:], one[2:])
