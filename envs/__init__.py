@@ -1,4 +1,60 @@
-"""`jepa_world.envs`: gymnasium environments on MuJoCo. One file a component; named in jepa_world/registry.py."""
+"""`jepa_world.envs`: gymnasium environments on MuJoCo, registered when this package is imported.
+
+One domain is one `.py` beside one `.xml`. Nothing heavy is imported until an environment is made.
+"""
+
+from difflib import get_close_matches
+from typing import Any
+
+import gymnasium
 
 if __name__ != "jepa_world.envs":
-    raise ImportError(f"import jepa_world.envs, not {__name__}: a second copy would be another class")
+    raise ImportError(f"import jepa_world.envs, not {__name__}: a second copy is another class")
+
+SHORT_NAMES = {
+    "reach": "jepa_world/Reach-v0",
+    "reach_torque": "jepa_world/ReachTorque-v0",
+}
+
+
+class EnvError(RuntimeError):
+    """A mistake the user can mend (unknown environment, no OpenGL), said in one line."""
+
+
+def make(name: str, **options: Any) -> gymnasium.Env:
+    """Make an environment by short name (`reach`), Gymnasium id, or `module:Id-v0`.
+
+    `options` are the environment's own (`size=96`). OpenGL is chosen before MuJoCo is imported.
+
+    Raises:
+        EnvError: unknown name or option, or no OpenGL.
+
+    Example:
+        >>> env = make("reach", size=32)
+        >>> env.reset(seed=0)[0].shape
+        (32, 32, 3)
+    """
+    from jepa_world.envs.rendering import choose_gl
+
+    choose_gl()
+    try:
+        return gymnasium.make(SHORT_NAMES.get(name, name), **options)
+    except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        raise EnvError(f"unknown env {name!r}{_nearest(name)}") from error
+    except TypeError as error:
+        raise EnvError(f"env {name!r} does not take options {options!r}: {error}") from error
+
+
+def _nearest(name: str) -> str:
+    near = get_close_matches(name, [*SHORT_NAMES, *gymnasium.registry], n=1, cutoff=0.5)
+    hint = f"; nearest: {near[0]}" if near else ""
+    return f"{hint}; known: {', '.join(SHORT_NAMES)}, any Gymnasium id, or module:Id-v0"
+
+
+for _id, _control in (("Reach", "velocity"), ("ReachTorque", "torque")):
+    gymnasium.register(
+        f"jepa_world/{_id}-v0",
+        entry_point="jepa_world.envs.reach:ReachEnv",
+        max_episode_steps=100,
+        kwargs={"control": _control},
+    )

@@ -1,0 +1,194 @@
+"""Reach: a two-link arm, seen from above, brings its tip to where the goal picture shows it.
+
+The forward kinematics of the tip, with links of l = 0.20 m: x = l cos q1 + l cos(q1 + q2), and y
+the same with sines: metres from the shoulder, x to the right in the picture, y up.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's names come from a compiled module without stubs)
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from jepa_world.envs.rendering import SmoothRenderer, choose_gl
+
+choose_gl()  # before mujoco, which reads the choice when it is imported
+
+import mujoco  # noqa: E402
+from mujoco import rollout  # noqa: E402
+
+LINK = 0.20  # metres, both links
+SUBSTEPS = 5  # of 0.02 s: one step of the environment is 0.1 s
+LOW, HIGH = np.array([-np.pi, -2.6]), np.array([np.pi, 2.6])  # joint angles drawn at reset, rad
+ELBOW_STOP = 2.65  # rad; the limit is a little soft, and a state seen there can be set again
+TORQUE = 1.0  # N m of an action of 1 in the torque variant
+
+
+class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """A two-link arm on a table; the goal is a picture of the arm at another configuration.
+
+    Observation: (size, size, 3) bytes. Action: two numbers in [-1, 1]; with `control="velocity"` an
+    action of 1 asks a joint for 2.5 rad/s, reached well within the step of 0.1 s, and 0 rests; with
+    `control="torque"` 1 is 1 N m, against damping. Reward: minus the distance of the tip to the
+    goal's tip, in metres. An episode never terminates.
+
+    `info`: "goal" (like an observation), "success" (tip within `tolerance` metres of the goal's
+    tip), "state" (q1, q2 in rad, their rates in rad/s; float64), "proprio" (cos q1, sin q1, cos q2,
+    sin q2; float32).
+
+    `reset(options={"start": (q1, q2), "goal": (q1, q2)})` sets joint angles in radians; what is
+    left out is drawn uniformly within the joints' limits (the shoulder turns without limit).
+
+    Example:
+        >>> env = ReachEnv(size=32)
+        >>> observation, info = env.reset(seed=0, options={"goal": (0.5, 1.0)})
+        >>> info["goal"].shape, info["success"]
+        ((32, 32, 3), False)
+        >>> observation, reward, terminated, truncated, info = env.step(np.zeros(2, np.float32))
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(
+        self,
+        *,
+        control: str = "velocity",
+        size: int = 64,
+        tolerance: float = 0.05,
+        render_mode: str | None = None,
+    ):
+        if control not in ("velocity", "torque"):
+            raise ValueError(f"control is {control!r}, expected 'velocity' or 'torque'")
+        self.render_mode = render_mode
+        self.tolerance = tolerance
+        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self._model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("reach.xml")))
+        if control == "torque":
+            self._model.actuator_gainprm[:, 0] = TORQUE
+            self._model.actuator_biasprm[:] = 0.0
+        self._data = mujoco.MjData(self._model)
+        self._renderer = SmoothRenderer(self._model, size=size, camera="above")
+        self._simulator = _Simulator(self._model)
+        self._goal_tip = np.zeros(2)
+        self._goal_picture = self._observation = np.zeros((size, size, 3), np.uint8)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Place the arm at rest at the start, and picture the goal.
+
+        Raises:
+            ValueError: an option that is unknown, of another shape, or beyond the elbow's limit.
+        """
+        super().reset(seed=seed)
+        options = options or {}
+        if unknown := set(options) - {"start", "goal"}:
+            raise ValueError(f"unknown reset options {sorted(unknown)!r}; known: start, goal")
+        drawn = self.np_random.uniform(
+            LOW, HIGH, (2, 2)
+        )  # both, so that giving one keeps the other
+        goal = _configuration("goal", options.get("goal", drawn[1]))
+        start = _configuration("start", options.get("start", drawn[0]))
+        self._goal_tip = tip(goal)
+        self._goal_picture = self._place(goal)
+        self._observation = self._place(start)
+        return self._observation, self._info()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
+
+        Raises:
+            ValueError: an action of another shape, or one that is not finite.
+        """
+        action = np.asarray(action)
+        if action.shape != (2,) or not np.isfinite(action).all():
+            raise ValueError(f"action is {action!r}, expected two finite numbers in [-1, 1]")
+        self._data.ctrl[:] = action
+        mujoco.mj_step(self._model, self._data, SUBSTEPS)
+        mujoco.mj_kinematics(self._model, self._data)  # mj_step leaves the poses a substep behind
+        self._observation = self._renderer(self._data)
+        return self._observation, -self.goal_distance(), False, False, self._info()
+
+    def goal_distance(self) -> float:
+        """Return the distance of the tip to the goal's tip now, in metres."""
+        return float(np.linalg.norm(tip(self._data.qpos) - self._goal_tip))
+
+    def goal_distances(self, actions: np.ndarray) -> np.ndarray:
+        """Return the distance in metres after every action of sequences (s, h, 2), as (s, h).
+
+        Starts from the present state, which is left as it was; nothing is rendered.
+        """
+        angles = self._simulator(self._data, actions)
+        return np.linalg.norm(tip(angles) - self._goal_tip, axis=-1)
+
+    def render(self) -> np.ndarray | None:
+        """Return the last observation, or None without a render mode."""
+        return self._observation.copy() if self.render_mode == "rgb_array" else None
+
+    def close(self) -> None:
+        """Free the OpenGL context."""
+        self._renderer.close()
+
+    def _place(self, angles: np.ndarray) -> np.ndarray:
+        mujoco.mj_resetData(self._model, self._data)
+        self._data.qpos[:] = angles
+        mujoco.mj_forward(self._model, self._data)
+        return self._renderer(self._data)
+
+    def _info(self) -> dict[str, Any]:
+        angles = self._data.qpos
+        proprio = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(4)
+        return {
+            "goal": self._goal_picture.copy(),
+            "success": self.goal_distance() < self.tolerance,
+            "state": np.concatenate([angles, self._data.qvel]),
+            "proprio": proprio.astype(np.float32),
+        }
+
+
+class _Simulator:
+    """Roll candidate actions out from a state with `mujoco.rollout`, in the calling thread."""
+
+    def __init__(self, model: mujoco.MjModel):
+        self._model, self._data = model, mujoco.MjData(model)
+        self._spec = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
+        self._start = np.empty(mujoco.mj_stateSize(model, self._spec))
+        self._rollout = rollout.Rollout(nthread=0)
+
+    def __call__(self, data: mujoco.MjData, actions: np.ndarray) -> np.ndarray:
+        """Return the joint angles (s, h, 2) after every action of (s, h, 2)."""
+        samples, horizon, _ = actions.shape
+        mujoco.mj_getState(self._model, data, self._start, self._spec)
+        states = np.empty((samples, horizon * SUBSTEPS, len(self._start)))
+        self._rollout.rollout(
+            [self._model] * samples,
+            [self._data],
+            np.tile(self._start, (samples, 1)),
+            np.repeat(np.asarray(actions, np.float64), SUBSTEPS, axis=1),
+            skip_checks=True,
+            nstep=horizon * SUBSTEPS,
+            initial_warmstart=np.tile(data.qacc_warmstart, (samples, 1)),
+            state=states,
+        )
+        return states[:, SUBSTEPS - 1 :: SUBSTEPS, 1:3]  # a state is time, q, dq
+
+
+def tip(angles: np.ndarray) -> np.ndarray:
+    """Return the tip (..., 2), metres from the shoulder, of joint angles (..., 2) in radians."""
+    shoulder, both = angles[..., 0], angles[..., 0] + angles[..., 1]
+    return LINK * np.stack(
+        [np.cos(shoulder) + np.cos(both), np.sin(shoulder) + np.sin(both)], axis=-1
+    )
+
+
+def _configuration(name: str, angles: Any) -> np.ndarray:
+    angles = np.asarray(angles, np.float64)
+    if angles.shape != (2,) or not np.isfinite(angles).all() or abs(angles[1]) > ELBOW_STOP:
+        raise ValueError(
+            f"{name} is {angles!r}, expected two joint angles in radians, the elbow within "
+            f"+-{ELBOW_STOP}"
+        )
+    return angles
