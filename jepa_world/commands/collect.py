@@ -1,0 +1,274 @@
+"""Collect trajectories: smooth random actions in an environment, stored as HDF5 shards.
+
+Actions follow an Ornstein-Uhlenbeck process, a_t = rho a_(t-1) + sqrt(1 - rho^2) sigma noise,
+clipped to [-1, 1], interrupted by still segments in which every action is exactly zero: without
+them a model never learns that a resting arm rests. Episode i is a function of (seed, i) alone, so a
+dataset does not depend on the number of processes, nor on an interruption.
+"""
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import yaml
+from jaxtyping import Float32
+from tqdm import tqdm
+
+import jepa_world
+from jepa_world import envs
+from jepa_world.data.trajectories import Trajectories, write_shard
+from jepa_world.registry import UserError
+
+STILL_STEPS = 5.0  # mean length of a still segment
+STATE_COLUMNS = ("state", "proprio")  # of info, stored where the environment gives them
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Collect trajectories of smooth random actions."""
+
+    env: str = "reach"
+    """Environment: `reach`, `reach_torque`, any Gymnasium id, or module:Id-v0."""
+    episodes: int = 1000
+    """Number of episodes."""
+    steps: int = 40
+    """Steps of an episode, which then has one more frame."""
+    data: Path | None = None
+    """Folder of the dataset; default data/<env>."""
+    seed: int = 0
+    """Of starts and actions; the number of workers changes nothing."""
+    workers: int = 0
+    """Processes; 0 is one for every core."""
+    correlation: float = 0.8
+    """Correlation of an action with the next one, from 0 to below 1."""
+    spread: float = 0.7
+    """Standard deviation of the actions before they are clipped to [-1, 1]."""
+    still: float = 0.15
+    """Share of the steps at which every action is exactly zero, about 5 steps at a time."""
+    image_size: int | None = None
+    """Height and width of a frame in pixels; default: the environment's own."""
+    jpeg: bool = False
+    """Store frames as JPEG: 4 to 6 times smaller, slower to read."""
+    shard_episodes: int = 100
+    """Episodes of a file."""
+
+
+def run(config: Collect) -> None:
+    """Collect, and say where the dataset is."""
+    folder = collect(config)
+    data = Trajectories(folder)
+    size = "x".join(map(str, data.frame_shape))
+    print(f"{data.num_episodes} episodes, {data.lengths.sum()} frames of {size}: {folder}")
+
+
+def collect(config: Collect) -> Path:
+    """Collect, or finish an interrupted collection of the same settings; return its folder.
+
+    A complete dataset is left as it is. With more than one worker the caller's main module is
+    imported again in each, as always with spawned processes.
+
+    Raises:
+        UserError: a value out of range, an environment that is unknown or gives no pictures, a
+            folder that cannot be written or holds something else.
+    """
+    _check_values(config)
+    folder = config.data or Path("data") / config.env.replace("/", "-").replace(":", "-")
+    settings = {key: value for key, value in vars(config).items() if key not in _NOT_SETTINGS}
+    settings["env"] = envs.SHORT_NAMES.get(config.env, config.env)
+    try:
+        if _is_complete(folder, settings):
+            return folder
+        _check_env(_kept_env(config), config.env)
+        description = {
+            "settings": settings,
+            "policy": "ornstein-uhlenbeck",
+            "versions": _versions(),
+        }
+        _write_yaml(folder, description)
+        _write_shards(folder, config)
+        data = Trajectories(folder)
+        action = {"mean": data.action_mean.tolist(), "std": data.action_std.tolist()}
+        _write_yaml(folder, description | {"action": action})
+    except envs.EnvError as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"dataset folder {folder} cannot be written: {error}") from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a collecting process died (out of memory?); run again to continue in {folder}, "
+            "perhaps with --workers 1"
+        ) from error
+    finally:
+        _kept_env.cache_clear()
+    return folder
+
+
+def smooth_actions(
+    generator: np.random.Generator,
+    steps: int,
+    action_dim: int,
+    *,
+    correlation: float = 0.8,
+    spread: float = 0.7,
+    still: float = 0.15,
+) -> Float32[np.ndarray, "t a"]:
+    """Draw an Ornstein-Uhlenbeck action sequence in [-1, 1], zero in still segments.
+
+    The process begins stationary. Whether a step is still is a Markov chain: it stays so for
+    `STILL_STEPS` steps on average, and is so at the share `still` of all steps.
+    """
+    noise = spread * generator.standard_normal((steps, action_dim))
+    noise[1:] *= np.sqrt(1.0 - correlation**2)
+    chance = generator.random(steps)
+    enter = still / (1.0 - still) / STILL_STEPS
+    actions = np.zeros((steps, action_dim), np.float32)
+    value, rests = np.zeros(action_dim), chance[0] < still
+    for step in range(steps):
+        value = correlation * value + noise[step]
+        if step > 0:
+            rests = chance[step] < (1.0 - 1.0 / STILL_STEPS if rests else enter)
+        if not rests:
+            actions[step] = value.clip(-1.0, 1.0)
+    return actions
+
+
+def play(env: gymnasium.Env, actions: Float32[np.ndarray, "t a"], seed: int) -> dict[str, Any]:
+    """Play actions from the start of a seed; return the columns, one row for every frame.
+
+    An episode that the environment ends early is shorter; the action at the last frame is zero.
+    """
+    observation, info = env.reset(seed=seed)
+    kept = [name for name in STATE_COLUMNS if name in info]
+    pixels, states = [observation], [[info[name] for name in kept]]
+    for action in actions:
+        observation, _, terminated, truncated, info = env.step(action)
+        pixels.append(observation)
+        states.append([info[name] for name in kept])
+        if terminated or truncated:
+            break
+    taken = np.zeros((len(pixels), actions.shape[1]), np.float32)
+    taken[:-1] = actions[: len(pixels) - 1]
+    columns = {name: np.stack([row[i] for row in states]) for i, name in enumerate(kept)}
+    return {"pixels": np.stack(pixels), "action": taken, **columns}
+
+
+_NOT_SETTINGS = ("data", "workers")
+
+
+def _check_values(config: Collect) -> None:
+    for name in ("episodes", "steps", "shard_episodes"):
+        if vars(config)[name] < 1:
+            raise UserError(f"{name} is {vars(config)[name]}, expected at least 1")
+    if config.workers < 0 or config.seed < 0:
+        raise UserError("workers and seed cannot be negative")
+    if not (0.0 <= config.correlation < 1.0 and config.spread >= 0.0 and 0.0 <= config.still < 0.8):
+        raise UserError(
+            f"correlation {config.correlation}, spread {config.spread}, still {config.still}: "
+            "expected correlation in [0, 1), spread at least 0, still in [0, 0.8)"
+        )
+
+
+def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
+    """Say whether the dataset is there whole; refuse a folder that holds something else."""
+    file = folder / "dataset.yaml"
+    if not file.is_file():
+        if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
+            raise UserError(f"{folder} holds other files and no dataset.yaml: give an empty folder")
+        return False
+    found = yaml.safe_load(file.read_text())
+    if not isinstance(found, dict) or "settings" not in found:
+        raise UserError(f"{file} is no description of a dataset: give an empty folder")
+    for name in sorted({*settings, *found["settings"]}):
+        there, asked = found["settings"].get(name), settings.get(name)
+        if there != asked:
+            raise UserError(f"{folder} holds a dataset with {name} {there!r}, not {asked!r}")
+    if "action" not in found and found["versions"] != _versions():
+        raise UserError(
+            f"{folder} was begun with {found['versions']}, here is {_versions()}: delete it, or "
+            "finish it with those versions"
+        )
+    return "action" in found
+
+
+def _versions() -> dict[str, str]:
+    return {"jepa_world": jepa_world.__version__, "mujoco": version("mujoco")}
+
+
+def _write_yaml(folder: Path, description: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial_file = folder / "dataset.yaml.partial"
+    partial_file.write_text(yaml.safe_dump(description, sort_keys=False))
+    partial_file.replace(folder / "dataset.yaml")
+
+
+def _write_shards(folder: Path, config: Collect) -> None:
+    """Collect the shards that are not there yet."""
+    size = config.shard_episodes
+    ranges = {
+        folder / f"shard-{first // size:05d}.h5": range(first, min(first + size, config.episodes))
+        for first in range(0, config.episodes, size)
+    }
+    todo = {path: indices for path, indices in ranges.items() if not path.exists()}
+    wanted = [index for indices in todo.values() for index in indices]
+    done = config.episodes - len(wanted)
+    episodes = _play_all(config, wanted)
+    with tqdm(desc="collecting", total=config.episodes, initial=done, unit="episode") as progress:
+        for path, indices in todo.items():
+            shard = []
+            for episode in islice(episodes, len(indices)):
+                shard.append(episode)
+                progress.update()
+            write_shard(path, shard, jpeg=config.jpeg)
+
+
+def _play_all(config: Collect, indices: list[int]) -> Iterator[dict[str, Any]]:
+    """Play episodes in order, in this process or in spawned ones."""
+    play_one = partial(_play_index, config)
+    workers = min(config.workers or os.cpu_count() or 1, len(indices))
+    if workers <= 1:
+        yield from map(play_one, indices)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        yield from pool.map(play_one, indices)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _play_index(config: Collect, index: int) -> dict[str, Any]:
+    env = _kept_env(config)
+    sequence = np.random.SeedSequence(config.seed, spawn_key=(index,))
+    actions = smooth_actions(
+        np.random.default_rng(sequence),
+        config.steps,
+        math.prod(env.action_space.shape or ()),
+        correlation=config.correlation,
+        spread=config.spread,
+        still=config.still,
+    )
+    return play(env, actions, int(sequence.generate_state(1)[0]))
+
+
+@lru_cache(maxsize=1)  # one environment for each process
+def _kept_env(config: Collect) -> gymnasium.Env:
+    options = {} if config.image_size is None else {"size": config.image_size}
+    return envs.make(config.env, max_episode_steps=config.steps, **options)
+
+
+def _check_env(env: gymnasium.Env, name: str) -> None:
+    pixels, action = env.observation_space, env.action_space
+    if pixels.shape is None or len(pixels.shape) != 3 or pixels.dtype != np.uint8:
+        raise UserError(f"env {name!r} observes {pixels}, expected byte images (h, w, c)")
+    if action != gymnasium.spaces.Box(-1.0, 1.0, (math.prod(action.shape or ()),), np.float32):
+        raise UserError(f"env {name!r} takes actions {action}, expected a Box in [-1, 1]")
