@@ -22,7 +22,7 @@ from mujoco import rollout  # noqa: E402
 LINK = 0.20  # metres, both links
 SUBSTEPS = 5  # of 0.02 s: one step of the environment is 0.1 s
 LOW, HIGH = np.array([-np.pi, -2.6]), np.array([np.pi, 2.6])  # joint angles drawn at reset, rad
-ELBOW_STOP = 2.65  # rad; the limit is a little soft, and a state seen there can be set again
+ELBOW_STOP = 2.75  # rad; the limit is a little soft, and a state seen there can be set again
 TORQUE = 1.0  # N m of an action of 1 in the torque variant
 
 
