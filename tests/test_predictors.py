@@ -1,0 +1,97 @@
+import pytest
+import torch
+from jepa_world.predictors.adaln import AdaLNPredictor
+from jepa_world.predictors.mlp import MLPPredictor
+
+from jepa_world.testing import check_predictor
+
+PREDICTORS = {
+    "mlp": lambda: MLPPredictor(8, 2, width=32),
+    "mlp-deep": lambda: MLPPredictor(8, 2, width=16, depth=3, history=3),
+    "adaln": lambda: AdaLNPredictor(8, 2, width=32, depth=2, heads=2),
+    "adaln-dropout": lambda: AdaLNPredictor(8, 2, width=32, depth=2, heads=2, dropout=0.1),
+}
+every_predictor = pytest.mark.parametrize("build", PREDICTORS.values(), ids=PREDICTORS)
+
+
+def shaken(predictor):
+    """Move a predictor away from the copy it starts as."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return predictor.eval()
+
+
+@every_predictor
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_predictor_keeps_its_contract(build, num_tokens):
+    check_predictor(build(), 8, 2, num_tokens=num_tokens)
+
+
+@every_predictor
+def test_predictor_starts_as_a_copy(build):
+    z = torch.randn(2, 4, 1, 8)
+    assert torch.equal(build()(z, torch.randn(2, 4, 2)), z)
+
+
+@every_predictor
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("known", [1, 2, 5])
+def test_rollout_equals_step_by_step_calls(build, known, num_tokens):
+    predictor = shaken(build())
+    z, action = torch.randn(2, known, num_tokens, 8), torch.randn(2, known + 4, 2)
+    stepwise = z
+    for step in range(known, known + 5):
+        following = predictor(stepwise, action[:, :step])[:, -1:]
+        stepwise = torch.cat([stepwise, following], 1)
+    torch.testing.assert_close(predictor.rollout(z, action), stepwise[:, known:])
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [MLPPredictor(8, 2, history=2), AdaLNPredictor(8, 2, width=32, depth=3, history=2)],
+    ids=["mlp", "adaln"],
+)
+def test_only_the_history_is_seen(predictor):
+    predictor = shaken(predictor)
+    z, action = torch.randn(1, 5, 1, 8), torch.randn(1, 5, 2)
+    old_z, old_action = z.clone(), action.clone()
+    old_z[:, 2], old_action[:, 2] = 9.0, 9.0
+    moved = (predictor(old_z, old_action) - predictor(z, action)).abs().flatten(2).sum(2)[0] > 1e-4
+    assert moved.tolist() == [False, False, True, True, False]
+
+
+def test_mlp_repeats_the_first_step_where_the_past_is_missing():
+    predictor = shaken(MLPPredictor(8, 2, history=3))
+    z, action = torch.randn(2, 1, 1, 8), torch.randn(2, 1, 2)
+    repeated = predictor(z.expand(-1, 3, -1, -1), action.expand(-1, 3, -1))[:, -1:]
+    torch.testing.assert_close(predictor(z, action), repeated)
+
+
+def test_adaln_tokens_of_a_step_see_each_other_and_mlp_tokens_do_not():
+    z, action = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2)
+    changed = z.clone()
+    changed[:, :, 1] += 1.0
+    for name, sees in (("mlp", False), ("adaln", True)):
+        predictor = shaken(PREDICTORS[name]())
+        gap = (predictor(changed, action) - predictor(z, action))[0, 0, 0].abs().sum()
+        assert bool(gap > 1e-4) == sees
+
+
+@pytest.mark.parametrize("name", ["mlp", "adaln"])
+def test_predictor_learns_linear_dynamics(name):
+    torch.manual_seed(0)
+    predictor = PREDICTORS[name]()
+    turn, push = torch.linalg.qr(torch.randn(8, 8))[0], torch.randn(2, 8)
+    optimizer = torch.optim.AdamW(predictor.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(150):
+        z, action = torch.randn(64, 1, 1, 8), torch.rand(64, 1, 2) * 2 - 1
+        target = z @ turn + (action @ push).unsqueeze(2)
+        loss = (predictor(z, action) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert errors[-1] < 0.2 * errors[0]  # the first is that of a copy
