@@ -38,7 +38,8 @@ class CEM:
         seed: Of the planner's own generator.
 
     Raises:
-        ValueError: keep_elites <= elites < samples does not hold.
+        ValueError: keep_elites <= elites < samples does not hold, no iteration, or a correlation
+            outside [0, 1).
 
     Example:
         >>> import torch
@@ -64,9 +65,14 @@ class CEM:
         keep_elites: int = 2,
         seed: int = 0,
     ) -> None:
-        if not 0 <= keep_elites <= elites < samples:
+        if not 0 <= keep_elites <= elites < samples or elites < 1:
             raise ValueError(
                 f"need keep_elites <= elites < samples, got {keep_elites}, {elites}, {samples}"
+            )
+        if iterations < 1 or not 0 <= correlation < 1:
+            raise ValueError(
+                f"need at least one iteration and a correlation in [0, 1), got {iterations} and "
+                f"{correlation}"
             )
         self.low, self.high, self.horizon = low, high, horizon
         self.samples, self.elites, self.keep_elites = samples, elites, keep_elites
@@ -93,17 +99,17 @@ class CEM:
         mean = start.clamp(low, high)
         std = ((high - low) * (self.std / 2)).expand_as(mean)
         min_std = (high - low) * (self.min_std / 2)
-        elite, elite_cost = mean[:, None], mean.new_full((len(mean), 1), torch.inf)
+        elite, best_cost = mean[:, None], mean.new_full((len(mean), 1), torch.inf)
         for noise in self._noise(start):
             candidates = torch.addcmul(mean[:, None], std[:, None], noise).clamp_(low, high)
             kept = elite[:, : self.keep_elites]
             candidates[:, 0] = mean
             candidates[:, 1 : 1 + kept.shape[1]] = kept
-            elite, elite_cost = cheapest(candidates, cost(candidates), self.elites)
+            elite, best_cost = cheapest(candidates, cost(candidates), self.elites)
             new_std, new_mean = torch.std_mean(elite, 1, correction=0)
             mean = new_mean.lerp(mean, self.momentum)
             std = torch.maximum(new_std.lerp(std, self.momentum), min_std)
-        better = cost(mean[:, None]) <= elite_cost[:, :1]
+        better = cost(mean[:, None]) <= best_cost
         return torch.where(better[..., None], mean, elite[:, 0])
 
     def _noise(self, start: Tensor) -> Tensor:
@@ -127,20 +133,21 @@ def ar1_filter(correlation: float, horizon: int) -> Float[Tensor, "h h"]:
 
 def cheapest(
     candidates: Float[Tensor, "b s h a"], costs: Float[Tensor, "b s"], count: int
-) -> tuple[Float[Tensor, "b e h a"], Float[Tensor, "b e"]]:
-    """Return the `count` candidates of least cost and their costs, the best first.
+) -> tuple[Float[Tensor, "b e h a"], Float[Tensor, "b 1"]]:
+    """Return the `count` candidates of least cost, the best first, and the cost of the best.
 
     A candidate whose cost is not finite never counts; the best takes its place.
 
     Raises:
         ValueError: no candidate of an episode has a finite cost.
     """
-    costs = torch.where(costs.isfinite(), costs, torch.inf)
-    best, index = costs.topk(count, largest=False)
-    usable = best.isfinite()
-    if not usable[:, 0].all():
-        episodes = (~usable[:, 0]).nonzero().flatten().tolist()
-        raise ValueError(f"no candidate action sequence has a finite cost in episodes {episodes}")
-    index = torch.where(usable, index, index[:, :1])
+    costs = costs.nan_to_num(torch.inf, torch.inf, torch.inf)
+    cost, index = costs.topk(count, largest=False)
+    usable = cost.isfinite()
+    if not usable.all():
+        if not usable[:, 0].all():
+            episodes = (~usable[:, 0]).nonzero().flatten().tolist()
+            raise ValueError(f"no candidate has a finite cost in episodes {episodes}")
+        index = torch.where(usable, index, index[:, :1])
     episode = torch.arange(len(costs), device=costs.device)[:, None]
-    return candidates[episode, index], torch.where(usable, best, best[:, :1])
+    return candidates[episode, index], cost[:, :1]

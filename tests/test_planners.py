@@ -141,6 +141,14 @@ def test_spread_never_falls_below_its_minimum():
     assert abs(last[1][0, 1:].std() - 0.1) < 0.01
 
 
-def test_cem_refuses_more_elites_than_samples():
-    with pytest.raises(ValueError, match="got 2, 64, 64"):
-        CEM(LOW, HIGH, 5, elites=64)
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ({"elites": 64}, "2, 64, 64"),
+        ({"iterations": 0}, "0 and 0.8"),
+        ({"correlation": 1.0}, "1.0"),
+    ],
+)
+def test_cem_refuses_options_that_make_no_search(option, given):
+    with pytest.raises(ValueError, match=given):
+        CEM(LOW, HIGH, 5, **option)
