@@ -47,10 +47,8 @@ def report(folder: Path) -> None:
     for name, data in (("memory", cached), ("HDF5 files", from_files)):
         seconds = cpu_time(random_batch(data), repeats=50)
         ratio = seconds / step
-        verdict = "under" if ratio < 0.05 else "NOT under"
-        print(
-            f"batch from {name:12s}        {1e3 * seconds:8.2f} CPU-ms   {ratio:6.2%}, {verdict} 5 %"
-        )
+        verdict = f"{ratio:6.2%}, {'under' if ratio < 0.05 else 'NOT under'} 5 %"
+        print(f"batch from {name:12s}        {1e3 * seconds:8.2f} CPU-ms   {verdict}")
 
 
 def training_step(data: Trajectories) -> Callable[[], None]:

@@ -3,6 +3,8 @@
 One domain is one `.py` beside one `.xml`. Nothing heavy is imported until an environment is made.
 """
 
+import os
+import sys
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,7 +26,8 @@ class EnvError(RuntimeError):
 def make(name: str, **options: Any) -> gymnasium.Env:
     """Make an environment by short name (`reach`), Gymnasium id, or `module:Id-v0`.
 
-    `options` are the environment's own (`size=96`). OpenGL is chosen before MuJoCo is imported.
+    `options` are the environment's own (`size=96`). OpenGL is chosen before MuJoCo is imported. A
+    module is searched in the user's working directory last, whichever launcher started Python.
 
     Raises:
         EnvError: unknown name or option, or no OpenGL.
@@ -37,6 +40,8 @@ def make(name: str, **options: Any) -> gymnasium.Env:
     from jepa_world.envs.rendering import choose_gl
 
     choose_gl()
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return gymnasium.make(SHORT_NAMES.get(name, name), **options)
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as error:

@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,26 @@ def test_an_interrupted_collection_is_finished_as_if_never_interrupted(dataset, 
     collect(into(folder))
     assert contents(folder) == contents(dataset)
     assert (folder / "shard-00000.h5").stat().st_mtime_ns == kept
+
+
+def test_a_killed_collection_is_finished_as_if_never_killed(tmp_path):
+    many = {"episodes": 30, "steps": 20, "image_size": 32}
+    config = (
+        f"Collect(data=Path({str(tmp_path / 'killed')!r}), shard_episodes=2, workers=1, **{many})"
+    )
+    code = (
+        "from pathlib import Path\n"
+        "from jepa_world.commands.collect import Collect, collect\n"
+        f"collect({config})"
+    )
+    root = Path(jepa_world.__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "killed" / "shard-00001.h5").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    killed = collect(into(tmp_path / "killed", **many))
+    assert contents(killed) == contents(collect(into(tmp_path / "whole", **many)))
 
 
 def test_a_complete_dataset_is_left_as_it_is(dataset):

@@ -169,6 +169,16 @@ def test_unknown_option_is_named():
         envs.make("reach", sise=32)
 
 
+def test_an_env_of_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_env_module.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Mine-v0', entry_point='jepa_world.envs.reach:ReachEnv')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert envs.make("my_env_module:Mine-v0", size=16).reset(seed=0)[0].shape == (16, 16, 3)
+
+
 def test_registering_imports_nothing_heavy():
     code = "import sys, jepa_world.envs; print({'mujoco', 'torch'} & set(sys.modules))"
     assert python(code).stdout == "set()\n"

@@ -239,6 +239,10 @@ def test_an_unfinished_collection_is_refused(store):
     (store / "dataset.yaml").write_text(yaml.safe_dump({"settings": {"episodes": 9}}))
     with pytest.raises(UserError, match="4 of 9 episodes: an interrupted collection"):
         Trajectories(store)
+    for shard in store.glob("*.h5"):
+        shard.unlink()
+    with pytest.raises(UserError, match="0 of 9 episodes: an interrupted collection"):
+        Trajectories(store)
 
 
 def test_shards_of_different_frames_are_refused(store):

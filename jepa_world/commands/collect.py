@@ -9,6 +9,7 @@ dataset does not depend on the number of processes, nor on an interruption.
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -239,11 +240,24 @@ def _play_all(config: Collect, indices: list[int]) -> Iterator[dict[str, Any]]:
     if workers <= 1:
         yield from map(play_one, indices)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
     try:
         yield from pool.map(play_one, indices)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that collects is killed, which the pool does not see to."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _play_index(config: Collect, index: int) -> dict[str, Any]:

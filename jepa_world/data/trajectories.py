@@ -311,6 +311,7 @@ def _open_parts(path: Path, columns: Sequence[str] | None) -> list[_Part]:
     if not files:
         open_part, files = _open_video, sorted(path.glob("*.mp4"))
     if not files:
+        _check_complete(path, _read_metadata(path), 0)
         raise UserError(f"dataset {path} has no .h5 file, and no .mp4 beside an .npz")
     first = open_part(files[0], columns)
     return [first, *(open_part(file, list(first.columns)) for file in files[1:])]
