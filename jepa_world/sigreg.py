@@ -20,11 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from jepa_world.nn import sum_over_processes
+from jepa_world.nn import several_processes, sum_over_processes
 
 SliceStatistic = Callable[[Float[Tensor, "*g n m"]], Float[Tensor, "*g m"]]
 """A test of N samples against N(0, 1) on every slice, samples on the axis before last."""
 
+_NO_SAMPLES = "SIGReg of no samples: z is {}, expected (n d) or (g n d) with n > 0"
 _SLICES = 128  # projected in one matrix product
 _NEAR = 5  # 1, cos x, sin x, cos 2x, sin 2x
 _RUN = 512  # samples added up in one go: longer float32 sums lose a digit
@@ -114,7 +115,7 @@ def sigreg(
     dtype = torch.promote_types(z.dtype, torch.float32)
     with torch.autocast(z.device.type, enabled=False):
         grouped = z.to(dtype).reshape(math.prod(z.shape[:-2]), *z.shape[-2:])
-        shared = across_processes and _several_processes()
+        shared = across_processes and several_processes()
         rule = _rule(knots, t_max, dtype, z.device)
         directions = directions.detach().to(z.device, dtype)
         loss = _EppsPulley.apply(grouped, directions, rule, unbiased, shared)
@@ -130,7 +131,7 @@ def null_mean(*, knots: int = 17, t_max: float = 3.0, unbiased: bool = False) ->
 
 def random_directions(dim: int, slices: int, *, seed: int, step: int) -> Float[Tensor, "d m"]:
     """Draw independent unit directions on the CPU, a function of (seed, step) alone."""
-    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    mixed = int(np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1)[0])
     directions = torch.randn(slices, dim, generator=torch.Generator().manual_seed(mixed))
     return (directions / directions.norm(dim=1, keepdim=True)).T
 
@@ -169,6 +170,8 @@ def sliced_statistic(
     with torch.autocast(z.device.type, enabled=False):
         dtype = torch.promote_types(z.dtype, torch.float32)
         everyone = _gather(z.to(dtype))
+        if everyone.shape[-2] == 0:
+            raise ValueError(_NO_SAMPLES.format(tuple(z.shape)))
         loss = statistic(everyone @ directions.to(z.device, dtype)).mean()
     _check_finite(loss, z)
     return loss
@@ -458,13 +461,9 @@ def _gegenbauer(dim: int, order: int = 48) -> tuple[np.ndarray, np.ndarray]:
     return nodes, vectors[0] ** 2
 
 
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _gather(z: Float[Tensor, "*g n d"]) -> Float[Tensor, "*g n_all d"]:
     """Return the samples of all processes, differentiably, in the order of their ranks."""
-    if not _several_processes():
+    if not several_processes():
         return z
     counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=z.device)
     counts[dist.get_rank()] = z.shape[-2]
@@ -477,7 +476,7 @@ def _check_finite(loss: Tensor, z: Tensor) -> None:
     """Raise in words if the loss is not a number; looking at one number keeps the check cheap."""
     if bool(loss.isfinite()):
         return
-    if z.shape[-2] == 0 and not _several_processes():
+    if z.shape[-2] == 0 and not several_processes():
         raise ValueError(
             f"SIGReg of no samples: z is {tuple(z.shape)}, expected (n d) or (g n d), n > 0"
         )
