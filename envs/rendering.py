@@ -11,13 +11,14 @@ import ctypes
 import importlib
 import os
 import sys
+import weakref
 
 import numpy as np
 from jepa_world.envs import EnvError
 
 
 class SmoothRenderer:
-    """Render one fixed camera of a model as (size, size, 3) bytes.
+    """Render one fixed camera of a model as (size, size, 3) bytes; `close()` frees the context.
 
     Raises:
         EnvError: no OpenGL that works without a screen.
@@ -44,6 +45,8 @@ class SmoothRenderer:
             self._renderer = mujoco.Renderer(model, 2 * size, 2 * size)
         except (ImportError, OSError, RuntimeError, AttributeError, mujoco.FatalError) as error:
             raise EnvError(_missing_gl(str(error))) from error
+        # before Python's exit, at which OpenGL may already be gone
+        self.close = weakref.finalize(self, self._renderer.close)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = False
 
@@ -53,10 +56,6 @@ class SmoothRenderer:
         wide = self._renderer.render(out=self._buffer).astype(np.uint16)
         rows = wide[0::2] + wide[1::2]
         return ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
-
-    def close(self) -> None:
-        """Free the OpenGL context."""
-        self._renderer.close()
 
 
 def choose_gl() -> None:
