@@ -29,6 +29,19 @@ def test_attention_refuses_heads_that_do_not_divide():
     assert Attention(10, 3, head_dim=4)(torch.randn(1, 2, 10)).shape == (1, 2, 10)
 
 
+def test_attention_under_bfloat16_autocast_has_the_gradients_of_float32():
+    attention, x = Attention(16, 2), torch.randn(2, 5, 16)
+    attention(x).square().mean().backward()
+    full = [parameter.grad for parameter in attention.parameters()]
+    attention.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    half = [parameter.grad for parameter in attention.parameters()]
+    torch.testing.assert_close(half, full, atol=0.01, rtol=0.05)
+
+
 def test_block_is_equivariant_to_the_order_of_tokens():
     block, x = Block(16, 2), torch.randn(2, 5, 16)
     order = torch.randperm(5)
