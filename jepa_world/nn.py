@@ -195,15 +195,16 @@ class Block(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """Transformer block with a condition for every position: AdaLN-zero.
+    """Transformer block modulated at every position: AdaLN.
 
-    The condition gives a shift, a scale and a gate to both halves of the block; all start at zero,
-    so the block starts as the identity. (DiT, https://arxiv.org/abs/2212.09748, section 3.2.)
+    The modulation holds a shift, a scale and a gate for attention, then the same for the MLP. Where
+    it is zero the block is the identity: AdaLN-zero computes it by a linear map of the condition
+    that starts at zero. (DiT, https://arxiv.org/abs/2212.09748, section 3.2.)
 
     Example:
         >>> import torch
-        >>> x, condition = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
-        >>> torch.equal(AdaLNBlock(64, 4)(x, condition), x)
+        >>> x, modulation = torch.randn(2, 5, 64), torch.zeros(2, 5, 6 * 64)
+        >>> torch.equal(AdaLNBlock(64, 4)(x, modulation), x)
         True
     """
 
@@ -222,20 +223,15 @@ class AdaLNBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = MLP(dim, int(dim * mlp_ratio), dropout=dropout)
         self.dropout = nn.Dropout(dropout)
-        self.modulation = nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
 
     def forward(
         self,
         x: Float[Tensor, "b l d"],
-        condition: Float[Tensor, "b l d"],
+        modulation: Float[Tensor, "b l 6*d"],
         mask: Tensor | None = None,
     ) -> Float[Tensor, "b l d"]:
-        """Return the tokens, each modulated by its own condition."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(
-            6, -1
-        )
+        """Return the tokens, each under its own modulation."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
         y = self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), mask)
         x = x + gate1 * self.dropout(y)
         y = self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))

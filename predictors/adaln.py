@@ -43,8 +43,8 @@ class AdaLNPredictor(nn.Module):
         dim: int,
         action_dim: int,
         *,
-        width: int = 192,
-        depth: int = 4,
+        width: int = 128,
+        depth: int = 3,
         heads: int = 4,
         history: int = 3,
         dropout: float = 0.0,
@@ -52,29 +52,31 @@ class AdaLNPredictor(nn.Module):
         super().__init__()
         self.history = history
         self.latent_in = nn.Linear(dim, width)
-        self.action_in = nn.Sequential(
-            nn.Linear(action_dim, width), nn.SiLU(), nn.Linear(width, width)
-        )
         self.positions = nn.Parameter(0.02 * torch.randn(history, 1, width))
+        all_blocks = nn.Linear(width, depth * 6 * width)
+        self.modulation = nn.Sequential(
+            nn.Linear(action_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), all_blocks
+        )
         self.blocks = nn.ModuleList(AdaLNBlock(width, heads, dropout=dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.out = nn.Linear(width, dim)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for layer in (all_blocks, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b t a"]
     ) -> Float[Tensor, "b t n d"]:
         """Return the next latent of every step."""
-        condition = self.action_in(action)
-        first = self._window(z[:, : self.history], condition[:, : self.history])
+        modulation = self.modulation(action)
+        first = self._window(z[:, : self.history], modulation[:, : self.history])
         if z.shape[1] <= self.history:
             return first
         windows = z[:, 1:].unfold(1, self.history, 1)
-        conditions = condition[:, 1:].unfold(1, self.history, 1)
+        modulations = modulation[:, 1:].unfold(1, self.history, 1)
         later = self._window(
             rearrange(windows, "b t n d k -> (b t) k n d"),
-            rearrange(conditions, "b t w k -> (b t) k w"),
+            rearrange(modulations, "b t m k -> (b t) k m"),
         )
         later = rearrange(later[:, -1], "(b t) n d -> b t n d", b=len(z))
         return torch.cat([first, later], 1)
@@ -83,23 +85,22 @@ class AdaLNPredictor(nn.Module):
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
     ) -> Float[Tensor, "b h n d"]:
         """Return the h = u - t + 1 latents after z; a step computes its last window only."""
-        condition = self.action_in(action)
+        modulation = self.modulation(action)
         known = z.shape[1]
         for step in range(known, action.shape[1] + 1):
             window = slice(max(0, step - self.history), step)
-            following = self._window(z[:, window], condition[:, window])[:, -1:]
+            following = self._window(z[:, window], modulation[:, window])[:, -1:]
             z = torch.cat([z, following], 1)
         return z[:, known:]
 
-    def _window(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Predict from at most `history` steps `(b k n d)` and their conditions `(b k w)`."""
+    def _window(self, z: Tensor, modulation: Tensor) -> Tensor:
+        """Predict from at most `history` steps `(b k n d)`, modulated by their actions."""
         _, steps, tokens, _ = z.shape
-        x = self.latent_in(z) + self.positions[:steps]
-        x = rearrange(x, "b k n w -> b (k n) w")
-        condition = repeat(condition, "b k w -> b (k n) w", n=tokens)
+        x = rearrange(self.latent_in(z) + self.positions[:steps], "b k n w -> b (k n) w")
+        modulation = repeat(modulation, "b k m -> b (k n) m", n=tokens)
         step = torch.arange(steps, device=z.device).repeat_interleave(tokens)
         mask = step[:, None] >= step
-        for block in self.blocks:
-            x = block(x, condition, mask)
-        change = self.out(self.norm(x))
-        return z + rearrange(change, "b (k n) d -> b k n d", n=tokens)
+        parts = modulation.chunk(len(self.blocks), -1)
+        for block, part in zip(self.blocks, parts, strict=True):
+            x = block(x, part, mask)
+        return z + rearrange(self.out(self.norm(x)), "b (k n) d -> b k n d", n=tokens)

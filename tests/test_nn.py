@@ -48,23 +48,22 @@ def test_block_is_equivariant_to_the_order_of_tokens():
     torch.testing.assert_close(block(x)[:, order], block(x[:, order]))
 
 
-def test_adaln_block_starts_as_identity_with_a_gradient_for_its_gates():
-    block, x = AdaLNBlock(16, 2), torch.randn(2, 5, 16)
-    y = block(x, torch.randn(2, 5, 16))
+def test_adaln_block_without_modulation_is_the_identity_and_its_gates_have_a_gradient():
+    x, modulation = torch.randn(2, 5, 16), torch.zeros(2, 5, 96, requires_grad=True)
+    y = AdaLNBlock(16, 2)(x, modulation)
     assert torch.equal(y, x)
     y.square().sum().backward()
-    assert block.modulation.weight.grad is not None
-    assert block.modulation.weight.grad.abs().sum() > 0
+    assert modulation.grad is not None
+    moved = modulation.grad.abs().sum((0, 1)).unflatten(0, (6, 16)).sum(1) > 0
+    assert moved.tolist() == [False, False, True, False, False, True]
 
 
-def test_adaln_block_conditions_every_position_by_itself():
-    block, x = AdaLNBlock(16, 2), torch.randn(1, 4, 16)
-    nn.init.normal_(block.modulation.weight)
-    condition = torch.randn(1, 4, 16)
-    changed = condition.clone()
+def test_adaln_block_modulates_every_position_by_itself():
+    block, x, modulation = AdaLNBlock(16, 2), torch.randn(1, 4, 16), torch.randn(1, 4, 96)
+    changed = modulation.clone()
     changed[:, 2] += 1.0
     own = torch.eye(4, dtype=torch.bool)  # no position sees another
-    moved = (block(x, changed, own) - block(x, condition, own)).abs().sum(-1)[0] > 1e-4
+    moved = (block(x, changed, own) - block(x, modulation, own)).abs().sum(-1)[0] > 1e-4
     assert moved.tolist() == [False, False, True, False]
 
 
