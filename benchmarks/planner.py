@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from jepa_world.planners.cem import CEM
 from torch import Tensor
+
+from jepa_world.planners.cem import CEM
 
 HORIZON, ACTIONS, SAMPLES, ELITES, ITERATIONS = 10, 2, 64, 6, 4
 

@@ -242,7 +242,8 @@ class Projector(nn.Sequential):
     """Head that ends in a batch norm without affine: every channel has mean 0 and variance 1.
 
     SIGReg asks for N(0, I); the head leaves it the shape and the correlations. With `hidden` it is
-    an MLP as in LeWorldModel (https://arxiv.org/abs/2603.19312), without it one linear map.
+    an MLP as in LeWorldModel (https://arxiv.org/abs/2603.19312), without it one linear map. It
+    stays out of autocast, so that losses see latents in float32.
 
     Example:
         >>> import torch
@@ -256,6 +257,11 @@ class Projector(nn.Sequential):
             layers = [nn.Linear(dim, hidden, bias=False), BatchNorm(hidden), nn.GELU()]
             dim = hidden
         super().__init__(*layers, nn.Linear(dim, out, bias=False), BatchNorm(out, affine=False))
+
+    def forward(self, input: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
+        """Return the projections, in the precision of the weights."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(next(self.parameters()).dtype))
 
 
 def sincos_positions(dim: int, *shape: int) -> Float[Tensor, "l d"]:

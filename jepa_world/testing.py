@@ -114,7 +114,7 @@ def check_planner(
         return (actions - target[:, None]).square().sum((-1, -2))
 
     start = high.expand(2, horizon, -1).clone()
-    with torch.random.fork_rng(()):  # pyright: ignore[reportUnknownMemberType]
+    with cast(Any, torch.random).fork_rng(()):
         plan = build()(cost, start)
         _check_tensor("planner", plan, tuple(start.shape), "one plan for every episode")
         _check_bounds("returned", plan, low, high)
@@ -166,7 +166,8 @@ def _probe(module: nn.Module) -> Generator[tuple[nn.Module, torch.Generator]]:
     """Give a copy in evaluation mode, and a generator; keep the global random state."""
     device = _device(module)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # pyright: ignore[reportUnknownMemberType]
+    forked = cast(Any, torch.random).fork_rng(devices)
+    with forked, torch.inference_mode(False):
         yield copy.deepcopy(module).eval(), torch.Generator().manual_seed(0)
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from jepa_world.planners.cem import CEM
 from jepa_world.planners.random_shooting import RandomShooting
-
 from jepa_world.testing import check_planner
 
 LOW, HIGH = torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0])

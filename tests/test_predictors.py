@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from jepa_world.predictors.adaln import AdaLNPredictor
 from jepa_world.predictors.mlp import MLPPredictor
-
 from jepa_world.testing import check_predictor
 
 PREDICTORS = {

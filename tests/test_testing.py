@@ -114,6 +114,11 @@ def test_broken_predictor_is_told_its_promise(predictor, promise):
         check_predictor(predictor(), 4, 2)
 
 
+@torch.inference_mode()
+def test_check_works_in_inference_mode():
+    check_predictor(MyPredictor(), 4, 2)
+
+
 def test_contract_error_is_a_users_mistake_in_one_line():
     assert issubclass(ContractError, UserError)
     with pytest.raises(ContractError) as raised:
