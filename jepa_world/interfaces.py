@@ -1,7 +1,8 @@
-"""The contracts between the parts. Nothing inherits from these: a plain `nn.Module` that fits is a part.
+"""The contracts between the parts: nothing inherits from these, whatever fits is a part.
 
 Axes: b batch, t time, n tokens, d latent width, a action, s sample, h horizon, k context tokens,
-m target tokens, c/hh/ww image. One latent layout everywhere: `(b t n d)`; a vector latent has n = 1.
+m target tokens, c/hh/ww image. One latent layout everywhere: `(b t n d)`; a vector latent has
+n = 1.
 `jepa_world.testing.check_encoder` and its sisters run anybody's part through its contract.
 """
 
@@ -20,9 +21,10 @@ Cost = Callable[[Float[Tensor, "b s h a"]], Float[Tensor, "b s"]]
 class Encoder(Protocol):
     """Map a video to latents: `MyEncoder(observation_shape, *, ...)`.
 
-    `observation_shape` is `(t, c, hh, ww)`: the clip the encoder is built for. Video holds floats in
-    [0, 1] (the caller divides bytes by 255). An image is a clip with t = 1. An encoder that sees every
-    frame by itself returns t' = t and accepts any t; one with tubelets returns t' = t / tubelet.
+    `observation_shape` is `(t, c, hh, ww)`: the clip the encoder is built for. Video holds floats
+    in [0, 1] (the caller divides bytes by 255). An image is a clip with t = 1. An encoder that sees
+    every frame by itself returns t' = t and accepts any t; one with tubelets returns
+    t' = t / tubelet.
 
     Example:
         >>> import torch
@@ -87,7 +89,7 @@ class FastRollout(Protocol):
     def rollout(
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
     ) -> Float[Tensor, "b h n d"]:
-        """Return the h = u - t + 1 latents after z, when actions 0..t-1 belong to the steps of z."""
+        """Return the h = u - t + 1 latents after z; actions 0..t-1 belong to the steps of z."""
         ...
 
 
@@ -95,8 +97,9 @@ class FastRollout(Protocol):
 class Planner(Protocol):
     """Minimise a cost over actions: `MyPlanner(low, high, horizon, *, ...)`.
 
-    `low` and `high` are `(a,)` bounds; every returned action lies within them. A planner sees a cost,
-    never a model. It draws its samples from a generator of its own, seeded by its `seed` option.
+    `low` and `high` are `(a,)` bounds; every returned action lies within them. A planner sees a
+    cost, never a model. It draws its samples from a generator of its own, seeded by its `seed`
+    option.
 
     Example:
         >>> import torch
@@ -108,13 +111,13 @@ class Planner(Protocol):
     """
 
     def __call__(self, cost: Cost, start: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
-        """Return the best plan found, searching around `start` (zeros, or the last plan shifted)."""
+        """Return the best plan found around `start` (zeros, or the last plan shifted)."""
         ...
 
 
 @runtime_checkable
 class SimulatorEnv(Protocol):
-    """An environment may also offer this: true distances, for the ceiling a perfect model would reach."""
+    """An environment may also offer this: true distances, for the ceiling of a perfect model."""
 
     def goal_distances(self, actions: Float[np.ndarray, "s h a"]) -> Float[np.ndarray, "s h"]:
         """Return the true distance to the goal (in the unit of the tolerance) after every action.

@@ -1,14 +1,16 @@
-"""Short names of parts, as `package.module:Class` strings: nothing is imported before it is asked for."""
+"""Short names of parts, as `package.module:Class` strings: nothing is imported before its time."""
 
 import importlib
 import sys
 from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 
 PARTS: dict[str, dict[str, str]] = {
     "encoder": {
         "conv": "jepa_world.encoders.conv:ConvEncoder",
         "vit": "jepa_world.encoders.vit:ViTEncoder",
+        "vit_pooled": "jepa_world.encoders.vit:PooledViTEncoder",
     },
     "predictor": {
         "mlp": "jepa_world.predictors.mlp:MLPPredictor",
@@ -57,11 +59,8 @@ def load_class(kind: str, name: str) -> type:
     """
     path = class_path(kind, name)
     module_name, _, class_name = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
+        module = _import_from_working_directory(module_name)
     except ImportError as error:
         raise UserError(f"{kind} {name!r} cannot be imported: {error}") from error
     found = vars(module).get(class_name)
@@ -70,3 +69,18 @@ def load_class(kind: str, name: str) -> type:
         hint = did_you_mean(class_name, classes)
         raise UserError(f"{kind} {name!r}: module {module_name} has no class {class_name!r}{hint}")
     return found
+
+
+def _import_from_working_directory(module_name: str) -> ModuleType:
+    """Import a module, searching the user's working directory last.
+
+    A checkout's root holds folders named `envs` and `predictors`, as a user's own may: it is taken
+    off the search path meanwhile, unless the user stands in it.
+    """
+    before = list(sys.path)
+    here, checkout = str(Path.cwd()), str(Path(__file__).resolve().parent.parent)
+    sys.path[:] = [entry for entry in before if entry != checkout] + [here]
+    try:
+        return importlib.import_module(module_name)
+    finally:
+        sys.path[:] = before if here in before else [*before, here]

@@ -1,0 +1,58 @@
+"""One module per command: its configuration and `run(config)`, the recipe, readable top to bottom.
+
+`python plan.py ...` in a checkout and `jepa-world plan ...` anywhere are the same command.
+"""
+
+import importlib
+import os
+import sys
+
+from jepa_world.config import parse
+from jepa_world.registry import UserError, did_you_mean
+
+COMMANDS = {
+    "collect": "Collect",
+    "train_world_model": "TrainWorldModel",
+    "plan": "Plan",
+    "evaluate": "Evaluate",
+}
+
+
+def main(command: str | None = None) -> None:
+    """Run a command with this process's arguments; a user's mistake ends it in one line.
+
+    Args:
+        command: Its name; taken from the first argument if not given, as `jepa-world plan` does.
+    """
+    arguments = sys.argv[1:]
+    try:
+        if command is None:
+            command, *arguments = arguments or ["--help"]
+            command = _known(command)
+        module = importlib.import_module(f"jepa_world.commands.{command}")
+        module.run(parse(vars(module)[COMMANDS[command]], arguments, program=command))
+    except UserError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{command}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _known(command: str) -> str:
+    """Return a command's name with underscores."""
+    if command in ("-h", "--help"):
+        print("usage: jepa-world {" + ",".join(COMMANDS) + "} [OPTIONS]; each has --help")
+        raise SystemExit(0)
+    name = command.replace("-", "_")
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{did_you_mean(name, list(COMMANDS))}")
+    return name
+
+
+def use_one_thread() -> None:
+    """Use one torch thread unless OMP_NUM_THREADS says otherwise: the fastest for small nets."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

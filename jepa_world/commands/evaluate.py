@@ -1,0 +1,101 @@
+"""Measure planning: success over many held-out episodes and several trained models."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from tqdm import tqdm
+
+from jepa_world.agent import Agent
+from jepa_world.commands import use_one_thread
+from jepa_world.commands.plan import Planning, at_least_one, make_planner, open_env, shipped
+from jepa_world.evaluation import (
+    Episode,
+    ModelPolicy,
+    Policy,
+    RandomPolicy,
+    SimulatorPolicy,
+    plan_seconds,
+    run_episode,
+    success_end,
+    success_ever,
+    unsolved_seeds,
+)
+from jepa_world.interfaces import SimulatorEnv
+from jepa_world.methods.world_model import load_world_model
+from jepa_world.runs import Run
+
+
+@dataclass(frozen=True)
+class Evaluate(Planning):
+    """Measure the success of planning, beside random actions and the true simulator.
+
+    Without arguments: 200 episodes of `reach` with the world model that comes with the package.
+    """
+
+    checkpoint: tuple[Path, ...] = ()
+    """Run folders of models trained from different seeds; default: the shipped model."""
+    episodes: int = 200
+    """Held-out episodes, the same for every model."""
+    ceiling: bool = True
+    """Also run the same planner on the true simulator."""
+
+
+def run(config: Evaluate) -> None:
+    """Measure, and leave results.json in the run folder."""
+    use_one_thread()
+    made = Run.of("evaluate", config.run_dir)
+    at_least_one(config.episodes)
+    sources = config.checkpoint or (shipped(config.env),)
+    models = [load_world_model(source, config.trust) for source in sources]
+    env, *_ = [open_env(config, description) for _, description in models]
+    seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
+    made.open(config)
+
+    by_model: dict[str, list[Episode]] = {}
+    for source, (model, _) in zip(sources, models, strict=True):
+        agent = Agent(model, *make_planner(config, env), history=config.history)
+        by_model[str(source)] = _episodes(
+            f"{source}", env, ModelPolicy(agent), seeds, config.budget
+        )
+    random = _episodes(
+        "random", env, RandomPolicy(env.action_space, config.seed), seeds, config.budget
+    )
+    episodes = [episode for model in by_model.values() for episode in model]
+    results: dict[str, Any] = {
+        "env": config.env,
+        **_rates(episodes, config.tolerance),
+        "random_floor": _rates(random, config.tolerance),
+        "plan_seconds": plan_seconds(episodes),
+        "tolerance": config.tolerance,
+        "budget": config.budget,
+        "seeds": seeds,
+        "models": {name: _rates(rows, config.tolerance) for name, rows in by_model.items()},
+        "final_distances": {
+            name: [round(row.distances[-1], 5) for row in rows] for name, rows in by_model.items()
+        },
+    }
+    simulator = env.unwrapped
+    if config.ceiling and isinstance(simulator, SimulatorEnv):
+        policy = SimulatorPolicy(simulator, *make_planner(config, env))
+        rows = _episodes("simulator", env, policy, seeds, config.budget)
+        results["simulator_ceiling"] = _rates(rows, config.tolerance)
+    for name in ("success_end", "success_ever"):
+        rate = results[name]
+        print(f"{name}: {rate['rate']:.1%} (n {rate['n']}, 95 %: {rate['low']} to {rate['high']})")
+    made.finish(results)
+
+
+def _episodes(
+    name: str, env: gym.Env[Any, Any], policy: Policy, seeds: list[int], budget: int
+) -> list[Episode]:
+    progress = tqdm(seeds, name, mininterval=1.0)
+    return [run_episode(env, policy, seed, budget) for seed in progress]
+
+
+def _rates(episodes: list[Episode], tolerance: float) -> dict[str, Any]:
+    return {
+        "success_end": asdict(success_end(episodes, tolerance)),
+        "success_ever": asdict(success_ever(episodes, tolerance)),
+    }

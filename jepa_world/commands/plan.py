@@ -1,0 +1,166 @@
+"""Plan to goal images with a trained world model, and leave a video of it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from jepa_world import envs
+from jepa_world.agent import Agent
+from jepa_world.commands import use_one_thread
+from jepa_world.config import Part, part_options
+from jepa_world.evaluation import (
+    ModelPolicy,
+    plan_seconds,
+    run_episode,
+    success_end,
+    success_ever,
+    unsolved_seeds,
+)
+from jepa_world.interfaces import Planner
+from jepa_world.methods.world_model import load_world_model
+from jepa_world.registry import UserError
+from jepa_world.report import Film, FrameBank, write_report
+from jepa_world.runs import Run
+from jepa_world.testing import check_planner
+
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What planning needs, whether it is shown or measured."""
+
+    env: str = "reach"
+    """The environment: `reach`, or any Gymnasium id (module:Id-v0)."""
+    planner: Part = Part("cem")
+    """Minimises the latent distance to the goal."""
+    horizon: int = 10
+    """Steps of a plan; only the first is executed before planning again."""
+    history: int = 1
+    """Past observations given to the predictor."""
+    budget: int = 15
+    """Environment steps of an episode."""
+    tolerance: float = 0.05
+    """Largest distance to the goal that counts as success (metres, in reach)."""
+    seed: int = 0
+    """Of starts, goals and the planner's samples."""
+    run_dir: Path | None = None
+    """Where everything is left; default runs/<command>-<time>."""
+    trust: tuple[str, ...] = ()
+    """Packages outside jepa_world whose classes a checkpoint may name."""
+
+
+@dataclass(frozen=True)
+class Plan(Planning):
+    """Plan in latent space to goals given as images, and film it.
+
+    Without arguments: 10 episodes of `reach` with the world model that comes with the package.
+    """
+
+    checkpoint: Path | None = None
+    """A run folder of train_world_model; default: the model shipped for the environment."""
+    episodes: int = 10
+    """Episodes to plan."""
+
+
+def run(config: Plan) -> None:
+    """Plan, and leave results.json, plan.mp4, plan.png and report.html in the run folder."""
+    use_one_thread()
+    made = Run.of("plan", config.run_dir)
+    at_least_one(config.episodes)
+    source = config.checkpoint or shipped(config.env)
+    model, description = load_world_model(source, config.trust)
+    env = open_env(config, description)
+    seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
+    made.open(config)
+    agent = Agent(model, *make_planner(config, env), history=config.history)
+    bank = FrameBank.of(env, model)
+    films: list[Film] = []
+    for seed in tqdm(seeds, "planning", mininterval=1.0):
+        film = Film(bank, agent, env.reset(seed=seed)[1]["goal"])
+        film.episode = run_episode(env, ModelPolicy(agent), seed, config.budget, watch=film.watch)
+        films.append(film)
+    episodes = [film.episode for film in films]
+    results: dict[str, Any] = {
+        "env": config.env,
+        "checkpoint": str(source),
+        "success_end": asdict(success_end(episodes, config.tolerance)),
+        "success_ever": asdict(success_ever(episodes, config.tolerance)),
+        "plan_seconds": plan_seconds(episodes),
+        "tolerance": config.tolerance,
+        "budget": config.budget,
+        "seeds": seeds,
+        "final_distances": [round(episode.distances[-1], 5) for episode in episodes],
+    }
+    write_report(made.folder, results, films)
+    rate = results["success_end"]
+    print(f"{rate['rate']:.0%} of {rate['n']} episodes end within {config.tolerance} of the goal")
+    made.finish(results)
+
+
+def shipped(env: str) -> Path:
+    """Return the checkpoint that comes with the package for an environment.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = SHIPPED / env
+    if not folder.is_dir():
+        known = sorted(path.name for path in SHIPPED.iterdir())
+        raise UserError(f"no model is shipped for {env!r} (only for {known}): give --checkpoint")
+    return folder
+
+
+def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]:
+    """Make the environment and check that the world model was trained for it.
+
+    Raises:
+        UserError: unknown environment, or another than the checkpoint's.
+    """
+    try:
+        env = envs.make(config.env)
+    except envs.EnvError as error:
+        raise UserError(str(error)) from error
+    if description["env"] not in (config.env, env.spec.id if env.spec else None):
+        trained = description["env"]
+        raise UserError(f"the checkpoint was trained for env {trained!r}, not for {config.env!r}")
+    _, channels, rows, columns = description["observation_shape"]
+    for what, has, expects in (
+        ("observations", env.observation_space.shape, (rows, columns, channels)),
+        ("actions", env.action_space.shape, (description["action_dim"],)),
+    ):
+        if has != expects:
+            raise UserError(f"{what} of {config.env!r} are {has}, the checkpoint expects {expects}")
+    return env
+
+
+def make_planner(config: Planning, env: gym.Env[Any, Any]) -> tuple[Planner, Tensor]:
+    """Return the planner, its samples drawn from the command's seed, and a first plan of zeros."""
+    space = env.action_space
+    assert isinstance(space, gym.spaces.Box)
+    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
+    known = [option.name for option in part_options("planner", config.planner.name)]
+    seed = {"seed": config.seed} if "seed" in known else {}
+    part = Part(config.planner.name, config.planner.options | seed)
+
+    def build() -> Planner:
+        return part.build("planner", low, high, config.horizon)
+
+    check_planner(build, low, high, config.horizon)
+    return build(), torch.zeros(config.horizon, *space.shape)
+
+
+def at_least_one(episodes: int) -> int:
+    """Return the number of episodes.
+
+    Raises:
+        UserError: it is less than one.
+    """
+    if episodes < 1:
+        raise UserError(f"--episodes {episodes}: give at least 1")
+    return episodes

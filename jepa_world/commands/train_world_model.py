@@ -1,0 +1,169 @@
+"""Train a world model from the pixels and actions of a dataset, end to end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+import jepa_world
+from jepa_world.checkpoint import write_yaml
+from jepa_world.commands import use_one_thread
+from jepa_world.commands.collect import Collect, collect
+from jepa_world.config import Part, to_dict
+from jepa_world.data.trajectories import Trajectories
+from jepa_world.methods.world_model import WorldModel, build_world_model
+from jepa_world.probes import linear_probe_r2
+from jepa_world.runs import Run
+from jepa_world.testing import check_encoder, check_predictor
+from jepa_world.training import make_accelerator, train
+
+
+@dataclass(frozen=True)
+class TrainWorldModel:
+    """Train an encoder and a predictor end to end: next-latent error + weight * SIGReg.
+
+    Without arguments: collect `reach` into data/reach if it is not there, and train on it.
+    """
+
+    data: Path = Path("data/reach")
+    """Dataset: a folder of shards that collect.py made, or a foreign .h5 file."""
+    encoder: Part = Part("conv")
+    """Maps frames to latents."""
+    predictor: Part = Part("mlp")
+    """Maps latents and actions to the next latents."""
+    frames: int = 4
+    """Frames of a training window; the first is encoded, the others are predicted open loop."""
+    sigreg_weight: float = 0.01
+    """Weight of SIGReg against the prediction error."""
+    slices: int = 256
+    """Random directions that SIGReg tests at every step."""
+    steps: int = 2600
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Windows in a step, over all processes."""
+    lr: float = 1e-3
+    """Largest learning rate of AdamW."""
+    weight_decay: float = 1e-3
+    """Weight decay of AdamW, on matrices and kernels."""
+    seed: int = 0
+    """Of weights, batches and slices."""
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Mixed precision of the networks; SIGReg and the loss are float32."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints and measurements on held-out episodes."""
+    log_with: str = "none"
+    """A tracker of Accelerate's: tensorboard, wandb, ..."""
+    run_dir: Path | None = None
+    """Where everything is left; default runs/train_world_model-<time>."""
+    resume: bool = False
+    """Continue the run in --run-dir exactly where its last checkpoint is."""
+
+
+def run(config: TrainWorldModel) -> None:
+    """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
+    use_one_thread()
+    made = Run.of("train_world_model", config.run_dir)
+    accelerator = make_accelerator(config.precision, config.log_with, made.folder)
+    if accelerator.is_main_process and config.data == Path("data/reach"):
+        collect(Collect())
+    accelerator.wait_for_everyone()
+    training, held_out = Trajectories(config.data).split(0.05)
+
+    torch.manual_seed(config.seed)
+    description = {
+        "method": "world_model",
+        "env": training.env,
+        "observation_shape": [1, training.frame_shape[2], *training.frame_shape[:2]],
+        "action_dim": training.action_dim,
+        "encoder": to_dict(config)["encoder"],
+        "predictor": to_dict(config)["predictor"],
+        "sigreg": {"slices": config.slices, "seed": config.seed, "weight": config.sigreg_weight},
+        "jepa_world": jepa_world.__version__,
+    }
+    method = build_world_model(description)
+    check_encoder(method.encoder, tuple(description["observation_shape"]))
+    check_predictor(method.predictor, method.encoder.dim, training.action_dim)
+    if accelerator.is_main_process:
+        made.open(config, resume=config.resume)
+        write_yaml(made.folder / "checkpoint" / "config.yaml", description)
+    accelerator.wait_for_everyone()
+    accelerator.print(
+        f"{training.num_episodes} episodes, {sum(p.numel() for p in method.parameters()):,} "
+        f"parameters, {accelerator.num_processes} process(es) on {accelerator.device.type}"
+    )
+
+    windows = training.windows(config.frames)
+
+    def read(index: Int[np.ndarray, " b"]) -> dict[str, Tensor]:
+        batch = training.read(windows[index], config.frames)
+        return {key: torch.from_numpy(batch[key]) for key in ("pixels", "action")}
+
+    last = train(
+        method,
+        read,
+        len(windows),
+        accelerator=accelerator,
+        run_dir=made.folder,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        resume=config.resume,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        evaluate=lambda: latent_health(method, training, held_out),
+    )
+    if accelerator.is_main_process:
+        made.finish({**last, "seed": config.seed})
+
+
+def latent_health(
+    model: WorldModel, training: Trajectories, held_out: Trajectories, *, steps: int = 10
+) -> dict[str, float]:
+    """Measure held-out latents: what they hold, and how far open-loop prediction can be trusted.
+
+    Returns:
+        `probe_r2` of a linear read-out of `proprio` (cosines and sines of joint angles, for an arm),
+        fitted on training episodes; `open_loop_error` after 10 steps and `copy_error` of the latent
+        10 steps before, both as shares of the latents' variance; `rest_drift`: the predictor's
+        change over 10 steps of zero action, likewise.
+    """
+    z, action, proprio = _encoded(model, held_out, steps + 1)
+    variance = z.flatten(0, 1).var(0).sum()
+    predicted = model.rollout(z[:, :1], action[:, :-1])[:, -1]
+    resting = model.rollout(z[:, :1], torch.zeros_like(action[:, :-1]))[:, -1]
+
+    def share(difference: Tensor) -> float:
+        return float(difference.square().flatten(1).sum(1).mean() / variance)
+
+    measured = {
+        "open_loop_error": share(predicted - z[:, -1]),
+        "copy_error": share(z[:, 0] - z[:, -1]),
+        "rest_drift": share(resting - z[:, 0]),
+    }
+    if proprio is not None:
+        fit_z, _, fit_proprio = _encoded(model, training, steps + 1)
+        assert fit_proprio is not None
+        sets = (fit_z.flatten(2), fit_proprio, z.flatten(2), proprio)
+        measured["probe_r2"] = linear_probe_r2(*(x.flatten(0, 1) for x in sets))
+    return measured
+
+
+def _encoded(
+    model: WorldModel, trajectories: Trajectories, frames: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Encode up to 256 windows, spread evenly; with their actions and proprioception, if any."""
+    device = next(model.parameters()).device
+    windows = trajectories.windows(frames)
+    chosen = windows[np.linspace(0, len(windows) - 1, min(256, len(windows))).astype(int)]
+    batch = trajectories.read(chosen, frames)
+    tensors = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
+    z = model.encode(tensors["pixels"]).float()
+    return z, tensors["action"], tensors.get("proprio")

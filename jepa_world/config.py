@@ -1,0 +1,287 @@
+"""One way to configure: frozen dataclasses become flags, and a YAML file is a saved command line.
+
+`--config f.yaml` expands into the flags it holds, ahead of the user's own, so one validator checks
+both. A field of type `Part` is a swappable component: `--predictor my_pkg.my_module:MyPredictor`
+chooses the class, and every keyword-only argument of its constructor becomes a flag
+(`--predictor.width 512`).
+"""
+
+import dataclasses
+import inspect
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
+
+import docstring_parser
+import tyro
+import yaml
+
+from jepa_world.registry import UserError, load_class
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component by name (short, or `package.module:Class`) and the options it is built with.
+
+    Example:
+        >>> predictor = Part("mlp", {"width": 128}).build("predictor", 32, 2)
+        >>> type(predictor).__name__
+        'MLPPredictor'
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=lambda: {})
+
+    def build(self, kind: str, *facts: Any) -> Any:
+        """Build the part of this kind from facts known at run time, such as `(dim, action_dim)`.
+
+        Raises:
+            UserError: unknown name or option, or the constructor refused its arguments.
+        """
+        part = load_class(kind, self.name)
+        known = [option.name for option in part_options(kind, self.name)]
+        unknown = [option for option in self.options if option not in known]
+        if unknown:
+            raise UserError(f"{kind} {self.name!r} has no option {unknown[0]!r}; it has: {known}")
+        try:
+            return part(*facts, **self.options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{kind} {self.name!r} cannot be built: {error}") from error
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword-only constructor argument of a part."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+def part_options(kind: str, name: str) -> list[Option]:
+    """List the options of a part: the keyword-only arguments of its constructor.
+
+    Raises:
+        UserError: unknown part, or an option without a type or a default.
+    """
+    part = load_class(kind, name)
+    hints = get_type_hints(part.__init__)
+    helps = {p.arg_name: p.description for p in docstring_parser.parse(part.__doc__ or "").params}
+    options: list[Option] = []
+    for parameter in inspect.signature(part).parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if parameter.default is parameter.empty or parameter.name not in hints:
+            raise UserError(
+                f"{kind} {name!r}: option {parameter.name!r} needs a type and a default"
+            )
+        text = helps.get(parameter.name) or ""
+        options.append(Option(parameter.name, hints[parameter.name], parameter.default, text))
+    return options
+
+
+def parse(config_class: type[C], arguments: Sequence[str], *, program: str) -> C:
+    """Parse a command line into a configuration.
+
+    Args:
+        config_class: Frozen dataclass; a field of type `Part` is named after the kind of the part.
+        arguments: The command line without the program's name; may hold `--config f.yaml`.
+        program: The name shown by `--help`.
+
+    Raises:
+        UserError: unknown flag or key (the nearest is named), wrong type, unreadable file.
+        SystemExit: with code 0 after `--help`.
+    """
+    expanded = _expand_part_names(_expand_config(list(arguments)), _part_fields(config_class))
+    concrete = _with_part_options(config_class, expanded)
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            parsed = tyro.cli(concrete, args=expanded, prog=program)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(errors.getvalue())) from None
+    return _without_part_options(config_class, parsed)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return every value of a configuration as plain YAML types, without where the run is kept."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name in ("run_dir", "resume", "trust"):
+            continue
+        if isinstance(value, Part):
+            defaults = {o.name: o.default for o in part_options(item.name, value.name)}
+            value = {"name": value.name, **defaults, **value.options}
+        elif isinstance(value, Path):
+            value = str(value)
+        values[item.name] = list(cast(tuple[Any], value)) if isinstance(value, tuple) else value
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{str(path)!r} is not a YAML file: {line}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} holds {type(values).__name__}, expected keys and values")
+    return cast(dict[str, Any], values)
+
+
+def part_from_dict(values: dict[str, Any]) -> Part:
+    """Return the part that `{name: ..., option: ...}` describes."""
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Part(str(options.pop("name")), options)
+
+
+def _part_fields(config_class: type) -> dict[str, Part]:
+    """Return the kinds of the swappable parts of a configuration and their defaults."""
+    fields = dataclasses.fields(config_class)
+    return {item.name: item.default for item in fields if isinstance(item.default, Part)}
+
+
+def _expand_config(arguments: list[str]) -> list[str]:
+    """Put the flags of `--config` files, and of a run that is resumed, ahead of the others."""
+    files: list[Path] = []
+    rest: list[str] = []
+    words = iter(_split_equals(arguments))
+    for word in words:
+        if word == "--config":
+            files.append(Path(next(words, "")))
+        else:
+            rest.append(word)
+    if "--resume" in rest and "--run-dir" in rest[:-1]:
+        saved = Path(rest[rest.index("--run-dir") + 1]) / "config.yaml"
+        files.extend([saved] if saved.is_file() else [])
+    saved_flags = [flag for file in files for flag in _flags(read_yaml(file), "--")]
+    return saved_flags + rest
+
+
+def _split_equals(arguments: list[str]) -> list[str]:
+    """Split `--flag=value` in two words and write flags with hyphens."""
+    words: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not argument.startswith("--"):
+            words.append(argument)
+            continue
+        words.extend([flag.replace("_", "-")] + ([value] if equals else []))
+    return words
+
+
+def _flags(values: dict[str, Any], prefix: str) -> list[str]:
+    """Write the keys and values of a YAML mapping as the words of a command line."""
+    words: list[str] = []
+    for key, value in values.items():
+        flag = prefix + str(key).replace("_", "-")
+        if isinstance(value, dict):
+            words.extend(_flags(cast(dict[str, Any], value), flag + "."))
+        elif isinstance(value, bool):
+            words.append(flag if value else _negated(flag))
+        elif isinstance(value, list):
+            words.extend([flag, *(str(item) for item in cast(list[Any], value))])
+        else:
+            words.extend([flag, str(value)])
+    return words
+
+
+def _negated(flag: str) -> str:
+    """Return tyro's negative form of a flag: `--a.no-b` of `--a.b`."""
+    group, dot, name = flag[2:].rpartition(".")
+    return f"--{group}{dot}no-{name}"
+
+
+def _expand_part_names(words: list[str], parts: dict[str, Part]) -> list[str]:
+    """Write `--predictor X` as `--predictor.name X`; another class drops the old one's options."""
+    kept: list[str] = []
+    for position, word in enumerate(words):
+        kind = word.removeprefix("--").removesuffix(".name")
+        if word.startswith("--") and kind in parts:
+            if words[position + 1 : position + 2] != [_chosen(kept, kind, parts[kind].name)]:
+                kept = _drop_options(kept, f"--{kind}.")
+            word = f"--{kind}.name"
+        kept.append(word)
+    return kept
+
+
+def _drop_options(words: list[str], prefix: str) -> list[str]:
+    kept: list[str] = []
+    dropping = False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.startswith(prefix)
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def _chosen(words: list[str], kind: str, default: str) -> str:
+    """Return the last name given for a kind of part."""
+    flag = f"--{kind}.name"
+    names = [words[i + 1] for i, word in enumerate(words[:-1]) if word == flag]
+    return names[-1] if names else default
+
+
+def _with_part_options(config_class: type, words: list[str]) -> type:
+    """Return the configuration class, every `Part` replaced by the options of the chosen class."""
+    replaced: list[tuple[str, Any, Any]] = []
+    for kind, default in _part_fields(config_class).items():
+        name = _chosen(words, kind, default.name)
+        preset = default.options if name == default.name else {}
+        options = [Option("name", str, name, f"short name or package.module:Class of the {kind}")]
+        for option in part_options(kind, name):
+            start = preset.get(option.name, option.default)
+            options.append(dataclasses.replace(option, default=start))
+        part_class = dataclasses.make_dataclass(
+            kind,
+            [(o.name, Annotated[o.type, tyro.conf.arg(help=o.help)], o.default) for o in options],
+        )
+        part_class.__doc__ = f"Options of the {kind} {name!r}."
+        replaced.append((kind, part_class, field(default_factory=part_class)))
+    made = dataclasses.make_dataclass(
+        config_class.__name__, replaced, bases=(config_class,), frozen=True
+    )
+    made.__doc__ = inspect.getdoc(config_class)
+    return made
+
+
+def _without_part_options(config_class: type[C], parsed: Any) -> C:
+    """Return the configuration itself, its parts as `Part`."""
+    parts = _part_fields(config_class)
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(parsed):
+        value = getattr(parsed, item.name)
+        values[item.name] = (
+            part_from_dict(dataclasses.asdict(value)) if item.name in parts else value
+        )
+    return config_class(**values)
+
+
+def _one_line(message: str) -> str:
+    """Fold tyro's box of text into one line without the pointer to `--help`."""
+    words: list[str] = []
+    for line in message.splitlines():
+        text = line.strip("│╭╰╮╯─ \t")
+        if line.startswith(("╭", "╰")) or not text:
+            continue
+        if text.startswith("For full helptext"):
+            break
+        words.append("nearest:" if text == "Perhaps you meant:" else text)
+    return " ".join(words)

@@ -1,0 +1,201 @@
+"""Closed-loop episodes and honest success rates.
+
+Starts and goals are drawn anew for evaluation, episodes that begin solved are replaced, the budget
+is stated, success is reported at the end and ever, with Wilson 95 % intervals, beside the floor of
+random actions and the ceiling of the same planner on the true simulator.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from jepa_world.agent import Agent
+from jepa_world.interfaces import Planner, SimulatorEnv
+from jepa_world.registry import UserError
+
+Frame = UInt8[np.ndarray, "hh ww c"]
+
+
+class Policy(Protocol):
+    """Something that acts in one episode."""
+
+    def reset(self, goal: Frame) -> None:
+        """Begin an episode that should end looking like `goal`."""
+        ...
+
+    def act(self, observation: Frame) -> Float[np.ndarray, " a"]:
+        """Return the next action."""
+        ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What happened: distances to the goal (first at the start), and CPU seconds of every plan."""
+
+    seed: int
+    distances: list[float]
+    seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A success rate with its Wilson 95 % interval (Wilson 1927).
+
+    Example:
+        >>> Rate.of([True] * 9 + [False])
+        Rate(rate=0.9, n=10, low=0.596, high=0.982)
+    """
+
+    rate: float
+    n: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, successes: Iterable[bool]) -> "Rate":
+        """Count successes."""
+        counted = list(successes)
+        n, share, z = len(counted), sum(counted) / len(counted), 1.959964
+        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        return cls(round(share, 4), n, round(max(0, centre - half), 3), round(centre + half, 3))
+
+
+def unsolved_seeds(env: gym.Env[Any, Any], count: int, seed: int, tolerance: float) -> list[int]:
+    """Return `count` reset seeds whose episodes do not begin solved.
+
+    Raises:
+        UserError: the environment gives no goal, or nearly every episode begins solved.
+    """
+    kept: list[int] = []
+    first = 1_000_000 * (seed + 1)
+    for candidate in range(first, first + 20 * count + 100):
+        if len(kept) == count:
+            return kept
+        _, info = env.reset(seed=candidate)
+        if "goal" not in info:
+            raise UserError("the environment's reset gives no info['goal'] image: nothing to reach")
+        if not distance(env, info) <= tolerance:
+            kept.append(candidate)
+    raise UserError(f"nearly all episodes begin within the tolerance {tolerance}: nothing to reach")
+
+
+def run_episode(
+    env: gym.Env[Any, Any],
+    policy: Policy,
+    seed: int,
+    budget: int,
+    *,
+    watch: Callable[[Frame], None] | None = None,
+) -> Episode:
+    """Run one episode for exactly `budget` steps, whether or not the goal is reached on the way.
+
+    Args:
+        env: Its reset with `seed` gives the start and the goal.
+        policy: Acts in it.
+        seed: Of the reset.
+        budget: Environment steps.
+        watch: Called with every observation once the action from it is chosen.
+    """
+    observation, info = env.reset(seed=seed)
+    distances, seconds = [distance(env, info)], []
+    policy.reset(info["goal"])
+    for _ in range(budget):
+        began = time.process_time()
+        action = policy.act(observation)
+        seconds.append(time.process_time() - began)
+        if watch is not None:
+            watch(observation)
+        observation, _, _, _, info = env.step(action)
+        distances.append(distance(env, info))
+    if watch is not None:
+        watch(observation)
+    return Episode(seed, distances, seconds)
+
+
+def distance(env: gym.Env[Any, Any], info: dict[str, Any]) -> float:
+    """Return the true distance to the goal; 0 or infinity where the env knows only success."""
+    simulator = env.unwrapped
+    if isinstance(simulator, SimulatorEnv):
+        return simulator.goal_distance()
+    return 0.0 if info["success"] else math.inf
+
+
+def success_end(episodes: list[Episode], tolerance: float) -> Rate:
+    """Return how often the last state is within the tolerance."""
+    return Rate.of(episode.distances[-1] <= tolerance for episode in episodes)
+
+
+def success_ever(episodes: list[Episode], tolerance: float) -> Rate:
+    """Return how often any state after the first is within the tolerance."""
+    return Rate.of(min(episode.distances[1:]) <= tolerance for episode in episodes)
+
+
+def plan_seconds(episodes: list[Episode]) -> dict[str, float]:
+    """Return median and 95th percentile of the CPU seconds of one plan, encoding included."""
+    seconds = [second for episode in episodes for second in episode.seconds]
+    median, p95 = np.percentile(seconds, [50, 95])
+    return {"median": round(float(median), 5), "p95": round(float(p95), 5)}
+
+
+class ModelPolicy:
+    """The agent under test, one episode at a time."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+    def reset(self, goal: Frame) -> None:
+        """Encode the goal."""
+        self.agent.reset(torch.from_numpy(goal)[None])
+
+    def act(self, observation: Frame) -> Float[np.ndarray, " a"]:
+        """Plan and return the first action."""
+        return self.agent.act(torch.from_numpy(observation)[None])[0].cpu().numpy()
+
+
+class RandomPolicy:
+    """Uniform random actions: the floor."""
+
+    def __init__(self, space: gym.Space[Any], seed: int) -> None:
+        self.space = space
+        self.space.seed(seed)
+
+    def reset(self, goal: Frame) -> None:
+        """Ignore the goal."""
+
+    def act(self, observation: Frame) -> Float[np.ndarray, " a"]:
+        """Draw an action."""
+        return self.space.sample()
+
+
+class SimulatorPolicy:
+    """The same planner with the true simulator as its model: the ceiling."""
+
+    def __init__(
+        self, simulator: SimulatorEnv, planner: Planner, plan: Float[Tensor, "h a"]
+    ) -> None:
+        self.simulator = simulator
+        self.planner = planner
+        self.start = plan[None]
+
+    def reset(self, goal: Frame) -> None:
+        """Begin with the first plan; the simulator knows the goal."""
+        self.plan = self.start
+
+    def act(self, observation: Frame) -> Float[np.ndarray, " a"]:
+        """Plan with true distances and return the first action."""
+        shifted = torch.cat([self.plan[:, 1:], torch.zeros_like(self.plan[:, :1])], dim=1)
+        self.plan = self.planner(self._cost, shifted)
+        return self.plan[0, 0].numpy()
+
+    def _cost(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
+        distances = self.simulator.goal_distances(plans[0].double().numpy())
+        return torch.from_numpy(np.square(distances).sum(-1))[None].float()

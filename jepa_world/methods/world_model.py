@@ -1,0 +1,151 @@
+"""An action-conditioned JEPA world model trained end to end with SIGReg (LeWorldModel, 2603.19312).
+
+    loss = mean |predict(z_t, a_t) - z_{t+1}|^2 + weight * SIGReg(z), z = encode(pixels)
+
+No stop-gradient, no EMA teacher, no reconstruction: SIGReg per time step keeps the latents from
+collapsing. The prediction term is open loop over the whole window: every predicted latent is fed
+back, so that errors which would build up while planning are seen in training.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from jepa_world.checkpoint import find_checkpoint, load_weights, require_trust
+from jepa_world.config import part_from_dict, read_yaml
+from jepa_world.interfaces import Encoder, FastRollout, Predictor
+from jepa_world.registry import UserError, class_path
+from jepa_world.sigreg import SIGReg
+
+
+class Output(NamedTuple):
+    """What a method returns for one batch."""
+
+    loss: Tensor  # scalar, differentiable
+    terms: dict[str, Tensor]  # scalars for the log
+    latent: Float[Tensor, "n d"]  # detached features for the health report
+
+
+class WorldModel(nn.Module):
+    """Encoder and predictor with their common loss.
+
+    Args:
+        encoder: Part that maps video to latents.
+        predictor: Part that maps latents and actions to the next latents.
+        sigreg: The regulariser.
+        weight: Of SIGReg (which includes the factor N) against the prediction error.
+
+    Example:
+        >>> import torch
+        >>> from jepa_world.encoders.conv import ConvEncoder
+        >>> from jepa_world.predictors.mlp import MLPPredictor
+        >>> model = WorldModel(
+        ...     ConvEncoder((1, 3, 64, 64)), MLPPredictor(32, 2), SIGReg(slices=64), weight=0.01
+        ... )
+        >>> pixels = torch.randint(0, 256, (8, 4, 64, 64, 3), dtype=torch.uint8)
+        >>> output = model({"pixels": pixels, "action": torch.zeros(8, 4, 2)}, step=0)
+        >>> sorted(output.terms)
+        ['prediction', 'sigreg']
+    """
+
+    def __init__(
+        self, encoder: nn.Module, predictor: nn.Module, sigreg: SIGReg, *, weight: float
+    ) -> None:
+        super().__init__()
+        self.encoder: Encoder = encoder  # type: ignore[assignment]
+        self.predictor: Predictor = predictor  # type: ignore[assignment]
+        self.sigreg = sigreg
+        self.weight = weight
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> Output:
+        """Return the loss of windows: `pixels (b t hh ww c)` bytes, `action (b t a)`.
+
+        Action t leads from frame t to frame t + 1; the last one is not used.
+        """
+        z = self.encode(batch["pixels"]).float()
+        predicted = self.rollout(z[:, :1], batch["action"][:, :-1]).float()
+        prediction = (predicted - z[:, 1:]).square().mean()
+        regulariser = self.sigreg(rearrange(z, "b t n d -> (t n) b d"), step)
+        terms = {"prediction": prediction.detach(), "sigreg": regulariser.detach()}
+        latent = rearrange(z.detach(), "b t n d -> (b t n) d")
+        return Output(prediction + self.weight * regulariser, terms, latent)
+
+    def encode(self, pixels: UInt8[Tensor, "b t hh ww c"]) -> Float[Tensor, "b t n d"]:
+        """Encode byte frames, channels last as environments and datasets hold them."""
+        video = rearrange(pixels, "b t hh ww c -> b t c hh ww").to(torch.get_default_dtype()) / 255
+        return self.encoder(video)
+
+    def rollout(
+        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
+    ) -> Float[Tensor, "b h n d"]:
+        """Predict the h = u - t + 1 latents after `z`, feeding predictions back.
+
+        Actions 0..t-1 belong to the steps of `z`, the rest to the steps that are predicted.
+        """
+        if isinstance(self.predictor, FastRollout):
+            return self.predictor.rollout(z, action)
+        return rollout(self.predictor, z, action)
+
+
+def rollout(
+    predictor: Predictor, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
+) -> Float[Tensor, "b h n d"]:
+    """Roll any predictor out step by step: the reference for `FastRollout`."""
+    known = z.shape[1]
+    for step in range(known, action.shape[1] + 1):
+        following = predictor(z, action[:, :step])[:, -1:]
+        z = torch.cat([z, following], dim=1)
+    return z[:, known:]
+
+
+def build_world_model(
+    description: dict[str, Any], trusted: tuple[str, ...] | None = None
+) -> WorldModel:
+    """Build a world model from the `config.yaml` of its checkpoint.
+
+    Args:
+        description: `observation_shape`, `action_dim`, `sigreg` and the two parts with their options.
+        trusted: Packages outside jepa_world whose parts may be imported; all if not given,
+            which is right only where the user has named the part on the command line.
+
+    Raises:
+        UserError: a key is missing or does not fit, or a part is not trusted.
+    """
+    try:
+        shape = tuple(int(size) for size in description["observation_shape"])
+        sigreg = SIGReg(slices=description["sigreg"]["slices"], seed=description["sigreg"]["seed"])
+        parts = {kind: part_from_dict(description[kind]) for kind in ("encoder", "predictor")}
+        action_dim, weight = int(description["action_dim"]), float(description["sigreg"]["weight"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"not the description of a world model: {error!r}") from error
+    for kind, part in parts.items():
+        if trusted is not None:
+            require_trust(class_path(kind, part.name), trusted)
+    encoder = parts["encoder"].build("encoder", shape)
+    predictor = parts["predictor"].build("predictor", encoder.dim, action_dim)
+    return WorldModel(encoder, predictor, sigreg, weight=weight)
+
+
+def load_world_model(
+    path: Path, trusted: tuple[str, ...] = ()
+) -> tuple[WorldModel, dict[str, Any]]:
+    """Load a world model from a run folder or a checkpoint folder, in evaluation mode.
+
+    Returns:
+        The model, and its description: `env`, `observation_shape`, `action_dim` and the parts.
+
+    Raises:
+        UserError: no checkpoint there, damaged, of another method, or with a part not trusted.
+    """
+    folder = find_checkpoint(path)
+    description = read_yaml(folder / "config.yaml")
+    method = description.get("method")
+    if method != "world_model":
+        raise UserError(f"{str(folder)!r} holds the method {method!r}, expected 'world_model'")
+    model = build_world_model(description, trusted)
+    load_weights(model, folder / "model.safetensors")
+    return model.eval(), description

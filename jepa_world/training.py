@@ -1,0 +1,267 @@
+"""The one training loop: Accelerate, schedule, log, checkpoint, exact resume.
+
+Everything random is a function of the seed and the step: which samples form a batch, dropout, the
+slices of SIGReg. Nothing random is therefore saved, a resumed run equals the uninterrupted one bit
+for bit, and the samples of a step do not depend on the number of processes.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.optim import AdamW
+from tqdm import tqdm
+
+from jepa_world.checkpoint import (
+    load_state,
+    load_tensors,
+    save_tensors,
+    write_atomically,
+)
+from jepa_world.probes import collapse_report
+from jepa_world.registry import UserError
+
+Read = Callable[[Int[np.ndarray, " b"]], dict[str, Tensor]]
+"""Return the batch of these samples."""
+Evaluate = Callable[[], dict[str, float]]
+"""Return what is measured on held-out data beside the losses."""
+
+
+def train(
+    method: nn.Module,
+    read: Read,
+    num_samples: int,
+    *,
+    accelerator: Accelerator,
+    run_dir: Path,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    resume: bool,
+    log_every: int,
+    checkpoint_every: int,
+    evaluate: Evaluate | None = None,
+) -> dict[str, float]:
+    """Train a method, a module `(batch, step) -> Output`, and leave its checkpoint in `run_dir`.
+
+    Args:
+        method: Returns `(loss, terms, latent)`; see `methods.world_model.Output`.
+        read: Gives the batch of a list of samples; every process reads its own share.
+        num_samples: Each is seen once an epoch, in an order drawn from `seed`.
+        accelerator: Of this process.
+        run_dir: Receives `metrics.jsonl` and `checkpoint/`.
+        steps: Optimiser steps in all; the learning rate falls to lr / 1000 by then.
+        batch_size: Over all processes; each gets an equal share.
+        lr: Largest learning rate of AdamW, after a warm-up of 5 % of the steps.
+        weight_decay: On matrices and kernels; biases and gains have none.
+        seed: Of everything random.
+        resume: Continue from the checkpoint in `run_dir`, if there is one yet.
+        log_every: Steps between two lines of the log.
+        checkpoint_every: Steps between two checkpoints; `evaluate` runs there too.
+        evaluate: Runs on all processes, in evaluation mode.
+
+    Returns:
+        The last line of the log.
+
+    Raises:
+        UserError: the batch does not divide, the loss is not finite, the checkpoint does not fit.
+    """
+    share = _own_share(batch_size, num_samples, accelerator)
+    optimizer = AdamW(_parameter_groups(method, weight_decay), lr=lr)
+    first = _load_training(run_dir, method, optimizer) if resume else 0
+    model, prepared = accelerator.prepare(method, optimizer)
+    log = _Log(run_dir, first, accelerator)
+    for step in _progress(first, steps, accelerator):
+        set_seed(_step_seed(seed, step))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        batch = read(batch_index(num_samples, batch_size, seed, step)[share])
+        loss, terms, latent = model({k: v.to(accelerator.device) for k, v in batch.items()}, step)
+        _check_finite(loss, step, run_dir)
+        accelerator.backward(loss)
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), 1.0))
+        prepared.step()
+        prepared.zero_grad()
+
+        done, last = step + 1, step + 1 == steps
+        if done % log_every == 0 or last:
+            log.add({"loss": loss, **terms, "gradient_norm": norm}, latent)
+        if done % checkpoint_every == 0 or last:
+            log.measure(_in_evaluation_mode(method, evaluate))
+        log.write(done, learning_rate(step, steps, lr))
+        if (done % checkpoint_every == 0 or last) and accelerator.is_main_process:
+            _save_training(run_dir, method, optimizer, done)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return log.last
+
+
+def make_accelerator(precision: str, log_with: str, run_dir: Path) -> Accelerator:
+    """Return the Accelerator of this process, with its tracker started.
+
+    Raises:
+        UserError: the tracker is not installed (Accelerate would drop it silently).
+    """
+    trackers = {str(tracker) for tracker in get_available_trackers()}
+    if log_with != "none" and log_with not in trackers:
+        raise UserError(f"--log-with {log_with}: not installed; pip install {log_with}")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if log_with == "none" else log_with,
+        project_dir=run_dir,
+    )
+    accelerator.init_trackers("jepa-world")
+    return accelerator
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Rise linearly over the first 5 % of the steps, then fall on a cosine to peak / 1000."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def batch_index(num_samples: int, batch_size: int, seed: int, step: int) -> Int[np.ndarray, " b"]:
+    """Return the samples of one step: batches are cut from one shuffled epoch after another."""
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = position // num_samples
+    index = [_shuffled(num_samples, seed, int(epoch)) for epoch in np.unique(epochs)]
+    return np.concatenate(index)[position - epochs[0] * num_samples]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(num_samples: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def _own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> slice:
+    """Return the part of every batch that belongs to this process."""
+    processes = accelerator.num_processes
+    if batch_size % processes:
+        raise UserError(f"--batch-size {batch_size} does not divide by {processes} processes")
+    if num_samples < batch_size:
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {num_samples} samples there are"
+        )
+    size = batch_size // processes
+    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def _parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    trained = [p for p in method.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _progress(first: int, steps: int, accelerator: Accelerator) -> Iterable[int]:
+    hidden = not accelerator.is_main_process
+    numbers = range(first, steps)
+    return tqdm(numbers, "training", steps, initial=first, disable=hidden, mininterval=1.0)
+
+
+def _check_finite(loss: Tensor, step: int, run_dir: Path) -> None:
+    if not torch.isfinite(loss):
+        where = f"the last good checkpoint is in {str(run_dir / 'checkpoint')!r}"
+        raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; {where}")
+
+
+def _in_evaluation_mode(method: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:
+    if evaluate is None:
+        return {}
+    method.eval()
+    with torch.no_grad():
+        measured = evaluate()
+    method.train()
+    return measured
+
+
+def _save_training(run_dir: Path, method: nn.Module, optimizer: AdamW, step: int) -> None:
+    """Write the weights, and beside them all that a resumed run needs, each whole or not at all."""
+    folder = run_dir / "checkpoint"
+    weights = method.state_dict()
+    tensors = {f"model/{name}": value for name, value in weights.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+    save_tensors(folder / "training.safetensors", tensors, {"step": step})
+    save_tensors(folder / "model.safetensors", weights, {"step": step})
+
+
+def _load_training(run_dir: Path, method: nn.Module, optimizer: AdamW) -> int:
+    """Load what `_save_training` wrote and return the number of steps done; 0 before the first."""
+    path = run_dir / "checkpoint" / "training.safetensors"
+    if not path.exists():
+        return 0
+    tensors, facts = load_tensors(path)
+    weights = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
+    load_state(method, weights, str(path))
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/")
+            states.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    return int(facts["step"])
+
+
+class _Log:
+    """`metrics.jsonl`: a line a log step, without gap or double line after a resume."""
+
+    def __init__(self, run_dir: Path, first: int, accelerator: Accelerator) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.accelerator = accelerator
+        self.last: dict[str, float] = {}
+        self.line: dict[str, float] = {}
+        self.warned = ""
+        if accelerator.is_main_process:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [
+                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first
+            ]
+            text = "".join(line + "\n" for line in kept)
+            write_atomically(self.path, lambda part: part.write_text(text) and None)
+
+    def add(self, terms: dict[str, Tensor], latent: Tensor) -> None:
+        """Add losses, averaged over processes, and the health of the features."""
+        means = self.accelerator.reduce({k: v.detach().float() for k, v in terms.items()}, "mean")
+        self.line |= {key: float(value) for key, value in means.items()}
+        report = dict(collapse_report(latent))
+        warning = str(report.pop("warning"))
+        self.line |= report  # type: ignore[arg-type]
+        if warning and warning != self.warned and self.accelerator.is_main_process:
+            tqdm.write(f"warning: {warning}")
+        self.warned = warning
+
+    def measure(self, values: dict[str, float]) -> None:
+        """Add what was measured on held-out data."""
+        self.line |= values
+
+    def write(self, step: int, lr: float) -> None:
+        """Write the line of this step, if anything was added to it."""
+        if not self.line:
+            return
+        self.last, self.line = {"step": step, "lr": lr, **self.line}, {}
+        self.accelerator.log(self.last, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.last) + "\n")
