@@ -327,7 +327,8 @@ class _Waves:
     def __init__(self, rule: "_Rule", z: Float[Tensor, "g n d"]) -> None:
         groups, n, _ = z.shape
         self.rule = rule
-        self.rows = max(1, (_CPU_BLOCK if z.device.type == "cpu" else _GPU_BLOCK) // max(1, n))
+        block = _CPU_BLOCK if z.device.type == "cpu" else _GPU_BLOCK
+        self.rows = max(1, min(block // max(1, n), _SLICES * groups))
         self.angles = z.new_empty(_SLICES * groups, n)
         self.near = z.new_ones(self.rows, _NEAR, n)
         self.far = z.new_ones(self.rows, rule.table.shape[-1] // _NEAR, n)
