@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jepa_world.encoders.conv import ConvEncoder
 
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.data.trajectories import Trajectories
+from jepa_world.encoders.conv import ConvEncoder
 
 WINDOWS, FRAMES = 64, 4
 

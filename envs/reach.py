@@ -12,6 +12,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+
 from jepa_world.envs.rendering import SmoothRenderer, choose_gl
 
 choose_gl()  # before mujoco, which reads the choice when it is imported
@@ -21,8 +22,8 @@ from mujoco import rollout  # noqa: E402
 
 LINK = 0.20  # metres, both links
 SUBSTEPS = 5  # of 0.02 s: one step of the environment is 0.1 s
-LOW, HIGH = np.array([-np.pi, -2.6]), np.array([np.pi, 2.6])  # joint angles drawn at reset, rad
-ELBOW_STOP = 2.75  # rad; the limit is a little soft, and a state seen there can be set again
+LOW, HIGH = np.array([-np.pi, 0.0]), np.array([np.pi, 2.6])  # joint angles drawn at reset, rad
+SLACK = 0.15  # rad; the elbow's limits are a little soft, and a state seen there can be set again
 TORQUE = 1.0  # N m of an action of 1 in the torque variant
 
 
@@ -30,7 +31,7 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """A two-link arm on a table; the goal is a picture of the arm at another configuration.
 
     Observation: (size, size, 3) bytes. Action: two numbers in [-1, 1]; with `control="velocity"` an
-    action of 1 asks a joint for 2.5 rad/s, reached well within the step of 0.1 s, and 0 rests; with
+    action of 1 asks a joint for 3 rad/s, reached well within the step of 0.1 s, and 0 rests; with
     `control="torque"` 1 is 1 N m, against damping. Reward: minus the distance of the tip to the
     goal's tip, in metres. An episode never terminates.
 
@@ -186,9 +187,13 @@ def tip(angles: np.ndarray) -> np.ndarray:
 
 def _configuration(name: str, angles: Any) -> np.ndarray:
     angles = np.asarray(angles, np.float64)
-    if angles.shape != (2,) or not np.isfinite(angles).all() or abs(angles[1]) > ELBOW_STOP:
+    if (
+        angles.shape != (2,)
+        or not np.isfinite(angles).all()
+        or not (LOW[1] - SLACK <= angles[1] <= HIGH[1] + SLACK)
+    ):
         raise ValueError(
             f"{name} is {angles!r}, expected two joint angles in radians, the elbow within "
-            f"+-{ELBOW_STOP}"
+            f"{LOW[1]} to {HIGH[1]}"
         )
     return angles

@@ -14,6 +14,7 @@ import sys
 import weakref
 
 import numpy as np
+
 from jepa_world.envs import EnvError
 
 
