@@ -55,9 +55,9 @@ def test_same_seed_same_episode(reach):
 
 def test_start_and_goal_are_set_and_a_goal_reached_looks_like_its_picture(reach):
     observation, info = reach.reset(seed=0, options={"start": (0.3, 1.0), "goal": (0.3, 1.0)})
-    np.testing.assert_array_equal(info["state"], [0.3, -1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(info["state"], [0.3, 1.0, 0.0, 0.0])
     np.testing.assert_allclose(
-        info["proprio"], [np.cos(0.3), np.sin(0.3), np.cos(1.0), -np.sin(1.0)], rtol=1e-6
+        info["proprio"], [np.cos(0.3), np.sin(0.3), np.cos(1.0), np.sin(1.0)], rtol=1e-6
     )
     np.testing.assert_array_equal(observation, info["goal"])
     assert info["success"] is True and reach.goal_distance() == 0.0

@@ -88,7 +88,10 @@ def run(config: TrainWorldModel) -> None:
     }
     method = build_world_model(description)
     check_encoder(method.encoder, tuple(description["observation_shape"]))
-    check_predictor(method.predictor, method.encoder.dim, training.action_dim)
+    tokens = method.encoder.num_tokens
+    check_predictor(
+        method.predictor, method.encoder.dim, training.action_dim, num_tokens=tokens
+    )
     if accelerator.is_main_process:
         made.open(config, resume=config.resume)
         write_yaml(made.folder / "checkpoint" / "config.yaml", description)
