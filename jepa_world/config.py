@@ -50,8 +50,9 @@ class Part:
             raise UserError(f"{kind} {self.name!r} has no option {unknown[0]!r}; it has: {known}")
         try:
             return part(*facts, **self.options)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{kind} {self.name!r} cannot be built: {error}") from error
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{kind} {self.name!r} cannot be built: {what}") from error
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,12 @@ def parse(config_class: type[C], arguments: Sequence[str], *, program: str) -> C
         UserError: unknown flag or key (the nearest is named), wrong type, unreadable file.
         SystemExit: with code 0 after `--help`.
     """
-    expanded = _expand_part_names(_expand_config(list(arguments)), _part_fields(config_class))
+    expanded = _join(_layers(list(arguments)), _part_fields(config_class))
     concrete = _with_part_options(config_class, expanded)
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
-            parsed = tyro.cli(concrete, args=expanded, prog=program)
+            parsed = cast(Any, tyro.cli(concrete, args=expanded, prog=program))
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -121,10 +122,17 @@ def to_dict(config: Any) -> dict[str, Any]:
         if isinstance(value, Part):
             defaults = {o.name: o.default for o in part_options(item.name, value.name)}
             value = {"name": value.name, **defaults, **value.options}
-        elif isinstance(value, Path):
-            value = str(value)
-        values[item.name] = list(cast(tuple[Any], value)) if isinstance(value, tuple) else value
+        values[item.name] = _plain(value)
     return values
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML can hold it: tuples as lists, paths as strings."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in cast(list[Any], value)]
+    return str(value) if isinstance(value, Path) else value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -147,8 +155,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def part_from_dict(values: dict[str, Any]) -> Part:
     """Return the part that `{name: ..., option: ...}` describes."""
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return Part(str(options.pop("name")), options)
+    options = dict(values)
+    name = str(options.pop("name"))
+    for key, value in options.items():
+        if isinstance(value, list):
+            options[key] = tuple(cast(list[Any], value))
+    return Part(name, options)
 
 
 def _part_fields(config_class: type) -> dict[str, Part]:
@@ -157,21 +169,30 @@ def _part_fields(config_class: type) -> dict[str, Part]:
     return {item.name: item.default for item in fields if isinstance(item.default, Part)}
 
 
-def _expand_config(arguments: list[str]) -> list[str]:
-    """Put the flags of `--config` files, and of a run that is resumed, ahead of the others."""
+def _layers(arguments: list[str]) -> list[list[str]]:
+    """Return the flags of each `--config` file, of a run that is resumed, and the user's own."""
     files: list[Path] = []
     rest: list[str] = []
     words = iter(_split_equals(arguments))
     for word in words:
-        if word == "--config":
-            files.append(Path(next(words, "")))
-        else:
+        if word != "--config":
             rest.append(word)
+            continue
+        name = next(words, "")
+        if not name or name.startswith("--"):
+            raise UserError("--config needs the name of a file behind it")
+        files.append(Path(name))
     if "--resume" in rest and "--run-dir" in rest[:-1]:
         saved = Path(rest[rest.index("--run-dir") + 1]) / "config.yaml"
         files.extend([saved] if saved.is_file() else [])
-    saved_flags = [flag for file in files for flag in _flags(read_yaml(file), "--")]
-    return saved_flags + rest
+    return [*(_file_flags(file) for file in files), rest]
+
+
+def _file_flags(file: Path) -> list[str]:
+    try:
+        return _flags(read_yaml(file), "--")
+    except RecursionError:
+        raise UserError(f"{str(file)!r}: a mapping in it refers to itself") from None
 
 
 def _split_equals(arguments: list[str]) -> list[str]:
@@ -208,17 +229,20 @@ def _negated(flag: str) -> str:
     return f"--{group}{dot}no-{name}"
 
 
-def _expand_part_names(words: list[str], parts: dict[str, Part]) -> list[str]:
-    """Write `--predictor X` as `--predictor.name X`; another class drops the old one's options."""
-    kept: list[str] = []
-    for position, word in enumerate(words):
-        kind = word.removeprefix("--").removesuffix(".name")
-        if word.startswith("--") and kind in parts:
-            if words[position + 1 : position + 2] != [_chosen(kept, kind, parts[kind].name)]:
-                kept = _drop_options(kept, f"--{kind}.")
-            word = f"--{kind}.name"
-        kept.append(word)
-    return kept
+def _join(layers: list[list[str]], parts: dict[str, Part]) -> list[str]:
+    """Join the layers, `--predictor X` written as `--predictor.name X`.
+
+    A layer that chooses another class drops the options the layers before it gave the old one.
+    """
+    joined: list[str] = []
+    for layer in layers:
+        words = [f"{w}.name" if w.startswith("--") and w[2:] in parts else w for w in layer]
+        for kind, default in parts.items():
+            before = _chosen(joined, kind, default.name)
+            if _chosen(words, kind, before) != before:
+                joined = _drop_options(joined, f"--{kind}.")
+        joined += words
+    return joined
 
 
 def _drop_options(words: list[str], prefix: str) -> list[str]:

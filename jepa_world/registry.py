@@ -59,9 +59,11 @@ def load_class(kind: str, name: str) -> type:
     """
     path = class_path(kind, name)
     module_name, _, class_name = path.partition(":")
+    if not all(word.isidentifier() for word in (*module_name.split("."), class_name)):
+        raise UserError(f"{kind} {name!r} is not of the form package.module:Class")
     try:
         module = _import_from_working_directory(module_name)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise UserError(f"{kind} {name!r} cannot be imported: {error}") from error
     found = vars(module).get(class_name)
     if not isinstance(found, type):

@@ -32,7 +32,7 @@ def main(command: str | None = None) -> None:
         module = importlib.import_module(f"jepa_world.commands.{command}")
         module.run(parse(vars(module)[COMMANDS[command]], arguments, program=command))
     except UserError as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        print(f"{command}:", *str(error).split(), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{command}: stopped", file=sys.stderr)

@@ -1,0 +1,100 @@
+"""What several test files share: a tiny dataset, a tiny trained model, ways to run a command."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "encoder.dim": "8",
+    "encoder.width": "4",
+    "encoder.stages": "2",
+    "predictor.width": "16",
+    "slices": "16",
+    "steps": "6",
+    "batch-size": "8",
+    "log-every": "2",
+    "checkpoint-every": "3",
+    "precision": "no",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def complaint(self) -> str:
+        """Return the one line on stderr of a command that refused its input."""
+        lines = self.stderr.splitlines()
+        assert self.code == 2 and len(lines) == 1, f"exit code {self.code}\n{self.stderr}"
+        return lines[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_words():
+    """Flags that make a world model tiny; others can be given behind them."""
+    return [word for key, value in TINY.items() for word in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Eight episodes of reach, of 12 steps and 32 pixels."""
+    from jepa_world.commands.collect import Collect, collect
+
+    folder = tmp_path_factory.mktemp("data") / "reach"
+    return collect(Collect(episodes=8, steps=12, workers=1, image_size=32, data=folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data, tiny_words, tmp_path_factory):
+    """The run folder of a world model trained for 6 steps on frames of 32 pixels."""
+    from jepa_world.commands.train_world_model import TrainWorldModel, run
+    from jepa_world.config import parse
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    words = [*tiny_words, "--data", str(tiny_data), "--run-dir", str(folder)]
+    run(parse(TrainWorldModel, words, program="train_world_model"))
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command in this process: `call("plan", "--episodes", 2)`."""
+    from jepa_world.commands import main
+
+    def run(command, *words):
+        monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main(command)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shell():
+    """Run Python in a process of its own: `shell("plan.py", "--help", cwd=folder)`."""
+
+    def run(*words, cwd=ROOT, **environment):
+        line = [
+            sys.executable,
+            *(str(ROOT / w) if str(w).endswith(".py") else str(w) for w in words),
+        ]
+        done = subprocess.run(
+            line, cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
