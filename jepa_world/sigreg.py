@@ -256,16 +256,14 @@ class _EppsPulley(torch.autograd.Function):
         flat = rearrange(z, "g n d -> (g n) d")
         scaled = directions.T.contiguous() * rule.spacing  # projections come out as angles dt * p
         waves = _Waves(rule, z)
-        total = _sums_of_all(waves, flat, scaled) if shared else None
+        totals = _sums_of_all(waves, flat, scaled) if shared else None
         grad = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
         values: list[Tensor] = []
         for block in scaled.split(_SLICES):
             angles = waves.project(block, flat)
             for angle in angles.split(waves.rows):
                 waves.set_angle(angle)
-                sums = (
-                    waves.sums() if total is None else total[sum(map(len, values)) :][: len(angle)]
-                )
+                sums = waves.sums() if totals is None else totals[len(values)]
                 value, slope = _value_and_slope(sums, rule, unbiased)
                 values.append(value)
                 if grad is not None:
@@ -287,14 +285,14 @@ class _EppsPulley(torch.autograd.Function):
         return ctx.saved_tensors[0] * outer, None, None, None, None
 
 
-def _sums_of_all(waves: "_Waves", flat: Tensor, scaled: Tensor) -> Float[Tensor, "r 2 k"]:
-    """Return the sums of every slice and group over the samples of all processes."""
+def _sums_of_all(waves: "_Waves", flat: Tensor, scaled: Tensor) -> tuple[Tensor, ...]:
+    """Return the sums over the samples of all processes, part by part in the order of the sweep."""
     local: list[Tensor] = []
     for block in scaled.split(_SLICES):
         for angle in waves.project(block, flat).split(waves.rows):
             waves.set_angle(angle)
             local.append(waves.sums())
-    return sum_over_processes(torch.cat(local))
+    return sum_over_processes(torch.cat(local)).split([len(part) for part in local])
 
 
 def _value_and_slope(
