@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from jepa_world.registry import UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a name beside `path`, flush it to the disk, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
@@ -31,13 +31,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
     """Write a mapping as YAML, keys in their order."""
     text = yaml.safe_dump(values, sort_keys=False)
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a mapping as indented JSON."""
     text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

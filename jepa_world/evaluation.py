@@ -78,13 +78,16 @@ def unsolved_seeds(env: gym.Env[Any, Any], count: int, seed: int, tolerance: flo
     kept: list[int] = []
     first = 1_000_000 * (seed + 1)
     for candidate in range(first, first + 20 * count + 100):
-        if len(kept) == count:
-            return kept
         _, info = env.reset(seed=candidate)
-        if "goal" not in info:
-            raise UserError("the environment's reset gives no info['goal'] image: nothing to reach")
+        for name in ("goal", "success"):
+            if name not in info:
+                raise UserError(
+                    f"the environment's reset gives no info[{name!r}]: nothing to reach"
+                )
         if not distance(env, info) <= tolerance:
             kept.append(candidate)
+        if len(kept) == count:
+            return kept
     raise UserError(f"nearly all episodes begin within the tolerance {tolerance}: nothing to reach")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import LoggerType, set_seed
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -29,7 +29,7 @@ from jepa_world.checkpoint import (
     write_atomically,
 )
 from jepa_world.probes import collapse_report
-from jepa_world.registry import UserError
+from jepa_world.registry import UserError, did_you_mean
 
 Read = Callable[[Int[np.ndarray, " b"]], dict[str, Tensor]]
 """Return the batch of these samples."""
@@ -79,6 +79,7 @@ def train(
         UserError: the batch does not divide, the loss is not finite, the checkpoint does not fit.
     """
     share = _own_share(batch_size, num_samples, accelerator)
+    accelerator.init_trackers("jepa-world")
     optimizer = AdamW(_parameter_groups(method, weight_decay), lr=lr)
     first = _load_training(run_dir, method, optimizer) if resume else 0
     model, prepared = accelerator.prepare(method, optimizer)
@@ -109,20 +110,21 @@ def train(
 
 
 def make_accelerator(precision: str, log_with: str, run_dir: Path) -> Accelerator:
-    """Return the Accelerator of this process, with its tracker started.
+    """Return the Accelerator of this process.
 
     Raises:
-        UserError: the tracker is not installed (Accelerate would drop it silently).
+        UserError: the tracker is unknown or not installed (Accelerate would drop it silently).
     """
-    trackers = {str(tracker) for tracker in get_available_trackers()}
-    if log_with != "none" and log_with not in trackers:
+    known = [str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL]
+    if log_with not in ("none", *known):
+        raise UserError(f"unknown tracker {log_with!r}{did_you_mean(log_with, ['none', *known])}")
+    if log_with not in ("none", *map(str, get_available_trackers())):
         raise UserError(f"--log-with {log_with}: not installed; pip install {log_with}")
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=None if log_with == "none" else log_with,
         project_dir=run_dir,
     )
-    accelerator.init_trackers("jepa-world")
     return accelerator
 
 
@@ -202,8 +204,8 @@ def _save_training(run_dir: Path, method: nn.Module, optimizer: AdamW, step: int
     tensors = {f"model/{name}": value for name, value in weights.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    save_tensors(folder / "training.safetensors", tensors, {"step": step})
     save_tensors(folder / "model.safetensors", weights, {"step": step})
+    save_tensors(folder / "training.safetensors", tensors, {"step": step})  # last: resumed from
 
 
 def _load_training(run_dir: Path, method: nn.Module, optimizer: AdamW) -> int:
@@ -238,8 +240,9 @@ class _Log:
             kept = [
                 line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first
             ]
+            self.last = json.loads(kept[-1]) if kept else {}
             text = "".join(line + "\n" for line in kept)
-            write_atomically(self.path, lambda part: part.write_text(text) and None)
+            write_atomically(self.path, lambda part: part.write_text(text))
 
     def add(self, terms: dict[str, Tensor], latent: Tensor) -> None:
         """Add losses, averaged over processes, and the health of the features."""

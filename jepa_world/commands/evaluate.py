@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
-from jepa_world.commands.plan import Planning, at_least_one, make_planner, open_env, shipped
+from jepa_world.commands.plan import Planning, make_planner, open_env, shipped
+from jepa_world.config import require_at_least
 from jepa_world.evaluation import (
     Episode,
     ModelPolicy,
@@ -46,7 +47,7 @@ def run(config: Evaluate) -> None:
     """Measure, and leave results.json in the run folder."""
     use_one_thread()
     made = Run.of("evaluate", config.run_dir)
-    at_least_one(config.episodes)
+    require_at_least(config, episodes=1, horizon=1, history=1, budget=1, tolerance=0, seed=0)
     sources = config.checkpoint or (shipped(config.env),)
     models = [load_world_model(source, config.trust) for source in sources]
     env, *_ = [open_env(config, description) for _, description in models]

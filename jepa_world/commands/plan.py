@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jepa_world import envs
 from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
-from jepa_world.config import Part, part_options
+from jepa_world.config import Part, part_options, require_at_least
 from jepa_world.evaluation import (
     ModelPolicy,
     plan_seconds,
@@ -23,7 +23,7 @@ from jepa_world.evaluation import (
 )
 from jepa_world.interfaces import Planner
 from jepa_world.methods.world_model import load_world_model
-from jepa_world.registry import UserError
+from jepa_world.registry import UserError, did_you_mean
 from jepa_world.report import Film, FrameBank, write_report
 from jepa_world.runs import Run
 from jepa_world.testing import check_planner
@@ -72,7 +72,7 @@ def run(config: Plan) -> None:
     """Plan, and leave results.json, plan.mp4, plan.png and report.html in the run folder."""
     use_one_thread()
     made = Run.of("plan", config.run_dir)
-    at_least_one(config.episodes)
+    require_at_least(config, episodes=1, horizon=1, history=1, budget=1, tolerance=0, seed=0)
     source = config.checkpoint or shipped(config.env)
     model, description = load_world_model(source, config.trust)
     env = open_env(config, description)
@@ -111,8 +111,8 @@ def shipped(env: str) -> Path:
     """
     folder = SHIPPED / env
     if not folder.is_dir():
-        known = sorted(path.name for path in SHIPPED.iterdir())
-        raise UserError(f"no model is shipped for {env!r} (only for {known}): give --checkpoint")
+        hint = did_you_mean(env, [path.name for path in SHIPPED.glob("*")])
+        raise UserError(f"no model is shipped for env {env!r}{hint}; give --checkpoint")
     return folder
 
 
@@ -126,8 +126,8 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         env = envs.make(config.env)
     except envs.EnvError as error:
         raise UserError(str(error)) from error
-    if description["env"] not in (config.env, env.spec.id if env.spec else None):
-        trained = description["env"]
+    trained = description.get("env")  # none: from a dataset that does not say
+    if trained not in (None, config.env, env.spec.id if env.spec else None):
         raise UserError(f"the checkpoint was trained for env {trained!r}, not for {config.env!r}")
     _, channels, rows, columns = description["observation_shape"]
     for what, has, expects in (
@@ -145,22 +145,13 @@ def make_planner(config: Planning, env: gym.Env[Any, Any]) -> tuple[Planner, Ten
     assert isinstance(space, gym.spaces.Box)
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
     known = [option.name for option in part_options("planner", config.planner.name)]
-    seed = {"seed": config.seed} if "seed" in known else {}
-    part = Part(config.planner.name, config.planner.options | seed)
+    options = dict(config.planner.options)
+    if "seed" in known:
+        options["seed"] = options.get("seed", 0) + config.seed
+    part = Part(config.planner.name, options)
 
     def build() -> Planner:
         return part.build("planner", low, high, config.horizon)
 
     check_planner(build, low, high, config.horizon)
     return build(), torch.zeros(config.horizon, *space.shape)
-
-
-def at_least_one(episodes: int) -> int:
-    """Return the number of episodes.
-
-    Raises:
-        UserError: it is less than one.
-    """
-    if episodes < 1:
-        raise UserError(f"--episodes {episodes}: give at least 1")
-    return episodes

@@ -13,7 +13,7 @@ import jepa_world
 from jepa_world.checkpoint import write_yaml
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.collect import Collect, collect
-from jepa_world.config import Part, to_dict
+from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Trajectories
 from jepa_world.methods.world_model import WorldModel, build_world_model
 from jepa_world.probes import linear_probe_r2
@@ -68,10 +68,12 @@ class TrainWorldModel:
 def run(config: TrainWorldModel) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
     use_one_thread()
+    require_at_least(config, frames=2, slices=1, steps=1, batch_size=2, log_every=1)
+    require_at_least(config, lr=0, weight_decay=0, sigreg_weight=0, seed=0, checkpoint_every=1)
     made = Run.of("train_world_model", config.run_dir)
     accelerator = make_accelerator(config.precision, config.log_with, made.folder)
     if accelerator.is_main_process and config.data == Path("data/reach"):
-        collect(Collect())
+        collect_default(config.data)
     accelerator.wait_for_everyone()
     training, held_out = Trajectories(config.data).split(0.05)
 
@@ -87,10 +89,13 @@ def run(config: TrainWorldModel) -> None:
         "jepa_world": jepa_world.__version__,
     }
     method = build_world_model(description)
-    check_encoder(method.encoder, tuple(description["observation_shape"]))
+    check_encoder(method.get_submodule("encoder"), tuple(description["observation_shape"]))
     tokens = method.encoder.num_tokens
     check_predictor(
-        method.predictor, method.encoder.dim, training.action_dim, num_tokens=tokens
+        method.get_submodule("predictor"),
+        method.encoder.dim,
+        training.action_dim,
+        num_tokens=tokens,
     )
     if accelerator.is_main_process:
         made.open(config, resume=config.resume)
@@ -127,13 +132,20 @@ def run(config: TrainWorldModel) -> None:
         made.finish({**last, "seed": config.seed})
 
 
+def collect_default(folder: Path) -> None:
+    """Collect `reach`, or finish an interrupted collection; a complete dataset is left as it is."""
+    description = folder / "dataset.yaml"
+    if not description.is_file() or "action" not in read_yaml(description):
+        collect(Collect(data=folder))
+
+
 def latent_health(
     model: WorldModel, training: Trajectories, held_out: Trajectories, *, steps: int = 10
 ) -> dict[str, float]:
     """Measure held-out latents: what they hold, and how far open-loop prediction can be trusted.
 
     Returns:
-        `probe_r2` of a linear read-out of `proprio` (cosines and sines of joint angles, for an arm),
+        `probe_r2` of a linear read-out of `proprio` (cosines and sines of an arm's joint angles),
         fitted on training episodes; `open_loop_error` after 10 steps and `copy_error` of the latent
         10 steps before, both as shares of the latents' variance; `rest_drift`: the predictor's
         change over 10 steps of zero action, likewise.
