@@ -1,6 +1,7 @@
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -267,6 +268,12 @@ def test_nothing_of_the_size_of_the_projections_is_stored():
 
 def test_example_of_the_class_runs():
     assert doctest.testmod(importlib.import_module("jepa_world.sigreg")).failed == 0
+
+
+def test_example_of_the_page_runs():
+    page = (ROOT / "docs" / "sigreg.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, {})
 
 
 WORKER = """
