@@ -78,7 +78,7 @@ def train(
     Raises:
         UserError: the batch does not divide, the loss is not finite, the checkpoint does not fit.
     """
-    share = _own_share(batch_size, num_samples, accelerator)
+    share = own_share(batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
     optimizer = AdamW(_parameter_groups(method, weight_decay), lr=lr)
     first = _load_training(run_dir, method, optimizer) if resume else 0
@@ -145,17 +145,12 @@ def batch_index(num_samples: int, batch_size: int, seed: int, step: int) -> Int[
     return np.concatenate(index)[position - epochs[0] * num_samples]
 
 
-@lru_cache(maxsize=2)
-def _shuffled(num_samples: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+def own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> slice:
+    """Return the part of every batch that belongs to this process.
 
-
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-
-
-def _own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> slice:
-    """Return the part of every batch that belongs to this process."""
+    Raises:
+        UserError: the batch does not divide by the processes, or is more than there is.
+    """
     processes = accelerator.num_processes
     if batch_size % processes:
         raise UserError(f"--batch-size {batch_size} does not divide by {processes} processes")
@@ -165,6 +160,15 @@ def _own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> s
         )
     size = batch_size // processes
     return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+@lru_cache(maxsize=2)
+def _shuffled(num_samples: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 def _parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Trajectories
 from jepa_world.methods.world_model import WorldModel, build_world_model
 from jepa_world.probes import linear_probe_r2
+from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.testing import check_encoder, check_predictor
-from jepa_world.training import make_accelerator, train
+from jepa_world.training import make_accelerator, own_share, train
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ def run(config: TrainWorldModel) -> None:
         training.action_dim,
         num_tokens=tokens,
     )
+    windows = training.windows(config.frames)
+    own_share(config.batch_size, len(windows), accelerator)
+    if config.resume:
+        check_same_model(made.folder, description)
     if accelerator.is_main_process:
         made.open(config, resume=config.resume)
         write_yaml(made.folder / "checkpoint" / "config.yaml", description)
@@ -105,8 +110,6 @@ def run(config: TrainWorldModel) -> None:
         f"{training.num_episodes} episodes, {sum(p.numel() for p in method.parameters()):,} "
         f"parameters, {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-
-    windows = training.windows(config.frames)
 
     def read(index: Int[np.ndarray, " b"]) -> dict[str, Tensor]:
         batch = training.read(windows[index], config.frames)
@@ -132,6 +135,22 @@ def run(config: TrainWorldModel) -> None:
         made.finish({**last, "seed": config.seed})
 
 
+def check_same_model(folder: Path, description: dict[str, Any]) -> None:
+    """Check that the run to resume trains this model, before anything of it is overwritten.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    saved = folder / "checkpoint" / "config.yaml"
+    known = read_yaml(saved) if saved.is_file() else description
+    for key in description.keys() - {"jepa_world"}:
+        if known.get(key) != description[key]:
+            raise UserError(
+                f"{str(folder)!r} holds a model with {key} {known.get(key)!r}, not "
+                f"{description[key]!r}: resume it as it was, or name another --run-dir"
+            )
+
+
 def collect_default(folder: Path) -> None:
     """Collect `reach`, or finish an interrupted collection; a complete dataset is left as it is."""
     description = folder / "dataset.yaml"
@@ -150,6 +169,7 @@ def latent_health(
         10 steps before, both as shares of the latents' variance; `rest_drift`: the predictor's
         change over 10 steps of zero action, likewise.
     """
+    steps = min(steps, int(training.lengths.max()) - 1, int(held_out.lengths.max()) - 1)
     z, action, proprio = _encoded(model, held_out, steps + 1)
     variance = z.flatten(0, 1).var(0).sum()
     predicted = model.rollout(z[:, :1], action[:, :-1])[:, -1]

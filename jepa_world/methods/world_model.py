@@ -66,8 +66,9 @@ class WorldModel(nn.Module):
 
         Action t leads from frame t to frame t + 1; the last one is not used.
         """
-        z = self.encode(batch["pixels"]).float()
-        predicted = self.rollout(z[:, :1], batch["action"][:, :-1]).float()
+        whole = torch.get_default_dtype()  # out of autocast's half precision
+        z = self.encode(batch["pixels"]).to(whole)
+        predicted = self.rollout(z[:, :1], batch["action"][:, :-1]).to(whole)
         prediction = (predicted - z[:, 1:]).square().mean()
         regulariser = self.sigreg(rearrange(z, "b t n d -> (t n) b d"), step)
         terms = {"prediction": prediction.detach(), "sigreg": regulariser.detach()}
@@ -108,7 +109,7 @@ def build_world_model(
     """Build a world model from the `config.yaml` of its checkpoint.
 
     Args:
-        description: `observation_shape`, `action_dim`, `sigreg` and the two parts with their options.
+        description: `observation_shape`, `action_dim`, `sigreg`, the two parts with their options.
         trusted: Packages outside jepa_world whose parts may be imported; all if not given,
             which is right only where the user has named the part on the command line.
 
@@ -126,6 +127,8 @@ def build_world_model(
         if trusted is not None:
             require_trust(class_path(kind, part.name), trusted)
     encoder = parts["encoder"].build("encoder", shape)
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"encoder {parts['encoder'].name!r} lacks `dim` or `num_tokens`, both int")
     predictor = parts["predictor"].build("predictor", encoder.dim, action_dim)
     return WorldModel(encoder, predictor, sigreg, weight=weight)
 

@@ -1,0 +1,346 @@
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from jepa_world.checkpoint import load_tensors
+from jepa_world.config import read_yaml
+from jepa_world.methods.world_model import Output
+from jepa_world.registry import UserError
+from jepa_world.training import batch_index, learning_rate, make_accelerator, train
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "train_world_model.py")
+
+
+class Line(nn.Module):
+    """Fit y = 2 x with dropout; the loss is not finite from step `breaks` on."""
+
+    def __init__(self, breaks=10**9):
+        super().__init__()
+        self.fit, self.dropout, self.breaks = nn.Linear(1, 1), nn.Dropout(0.5), breaks
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, batch, step):
+        loss = (self.fit(self.dropout(batch["x"])) - 2 * batch["x"]).square().mean()
+        self.seen += batch["x"].sum()
+        loss = loss if step < self.breaks else loss * torch.nan
+        return Output(loss, {"error": loss.detach()}, torch.randn(8, 2))
+
+
+def fit(folder, method, *, steps=20, resume=False, read=None, **changes):
+    """Train a `Line` on twelve numbers and return its parameters."""
+    numbers = torch.linspace(-1, 1, 12)[:, None]
+    settings = {
+        "accelerator": make_accelerator("no", "none", folder),
+        "batch_size": 4,
+        "lr": 0.1,
+        "weight_decay": 0.01,
+        "seed": 0,
+        "log_every": 2,
+        "checkpoint_every": 5,
+    }
+    reader = read or (lambda index: {"x": numbers[index]})
+    settings |= changes
+    return train(method, reader, 12, run_dir=folder, steps=steps, resume=resume, **settings)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return (folder / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def test_every_sample_is_seen_once_an_epoch_in_an_order_of_the_seed():
+    steps = range(21)  # 21 batches of 4 are 7 epochs of 12
+    order = np.concatenate([batch_index(12, 4, 0, step) for step in steps]).reshape(7, 12)
+    assert (np.sort(order) == np.arange(12)).all()
+    assert len(np.unique(order, axis=0)) == 7
+    other = np.concatenate([batch_index(12, 4, 1, step) for step in steps]).reshape(7, 12)
+    assert (order != other).any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 12])
+def test_epochs_follow_each_other_without_gap_when_a_batch_crosses_them(batch_size):
+    order = np.concatenate([batch_index(12, batch_size, 3, step) for step in range(24)])
+    epochs = order[: len(order) // 12 * 12].reshape(-1, 12)
+    assert (np.sort(epochs) == np.arange(12)).all()
+
+
+def test_the_samples_of_a_step_depend_on_nothing_before_it():
+    late = batch_index(1000, 64, 0, 500)
+    np.testing.assert_array_equal(late, batch_index(1000, 64, 0, 500))
+    assert len(set(late)) == 64
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_a_thousandth():
+    rates = [learning_rate(step, 200, 0.5) for step in range(200)]
+    assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert max(rates) == 0.5 and np.argmax(rates) in (9, 10)
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.0005, rel=0.1)
+    assert all(learning_rate(0, steps, 0.5) == 0.5 for steps in (1, 2, 19))
+
+
+def test_it_learns_and_logs_and_measures_in_evaluation_mode(tmp_path):
+    method, modes = Line(), []
+
+    def evaluate():
+        modes.append((method.training, torch.is_grad_enabled()))
+        return {"slope": method.fit.weight.item()}
+
+    last = fit(tmp_path, method, steps=300, log_every=100, evaluate=evaluate)
+    assert 0.8 < last["slope"] < 1.2 and last == metrics(tmp_path)[-1]
+    assert modes == [(False, False)] * 60 and method.training
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [100, 200, 300]
+
+
+@pytest.mark.parametrize("stopped", [0, 3, 5, 13])
+def test_a_run_that_failed_and_is_resumed_equals_one_straight_through(tmp_path, stopped):
+    def read(index):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return {"x": torch.linspace(-1, 1, 12)[index, None]}
+
+    torch.manual_seed(1)
+    first = Line()
+    fit(tmp_path / "straight", first)
+    torch.manual_seed(1)
+    left = stopped
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "resumed", Line(), read=read)
+    torch.manual_seed(1)
+    again = Line()
+    fit(tmp_path / "resumed", again, resume=True)
+    assert weights(tmp_path / "straight") == weights(tmp_path / "resumed")
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "resumed")
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped_and_written_again(tmp_path):
+    torch.manual_seed(1)
+    fit(tmp_path, Line())
+    log = tmp_path / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole[:-20])
+    (tmp_path / "checkpoint" / "model.safetensors.unfinished").write_bytes(b"half")
+    torch.manual_seed(1)
+    last = fit(tmp_path, Line(), resume=True)
+    assert whole.startswith(log.read_text()) and last["step"] == 18
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
+    torch.manual_seed(1)
+    last = fit(tmp_path, Line())
+    before = weights(tmp_path), metrics(tmp_path)
+    assert fit(tmp_path, Line(), resume=True) == last
+    assert (weights(tmp_path), metrics(tmp_path)) == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"loss is nan at step 12: lower --lr; .*checkpoint'$"):
+        fit(tmp_path, Line(breaks=12))
+    tensors, facts = load_tensors(tmp_path / "checkpoint" / "model.safetensors")
+    assert facts == {"step": 10} and all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed(tmp_path):
+    fit(tmp_path, Line())
+    before = weights(tmp_path)
+    other = Line()
+    other.fit = nn.Linear(1, 3)
+    with pytest.raises(UserError, match=r"fit\.bias.*another model"):
+        fit(tmp_path, other, resume=True)
+    assert weights(tmp_path) == before
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--batch-size 13 is more than the 12 samples"):
+        fit(tmp_path, Line(), batch_size=13)
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [
+        ("tensorbord", "unknown tracker 'tensorbord'; nearest: tensorboard; known: "),
+        ("dvclive", "--log-with dvclive: not installed; pip install dvclive"),
+    ],
+)
+def test_a_tracker_that_cannot_be_used_is_refused(tmp_path, tracker, message):
+    with pytest.raises(UserError, match=message):
+        make_accelerator("no", tracker, tmp_path)
+
+
+def test_biases_and_gains_have_no_weight_decay(tmp_path):
+    method = Line()
+    nn.init.constant_(method.fit.bias, 3.0)
+    still = {"x": torch.zeros(4, 1)}
+    method.fit.weight.register_hook(lambda gradient: 0 * gradient)
+    method.fit.bias.register_hook(lambda gradient: 0 * gradient)
+    before = method.fit.weight.item()
+    fit(tmp_path, method, read=lambda index: still, weight_decay=0.5)
+    assert method.fit.bias.item() == 3.0 and abs(method.fit.weight.item()) < abs(before)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_and_resumed_it_equals_one_straight_through(
+    tmp_path, tiny_data, tiny_words, call, kills
+):
+    """The slow case kills many times: also while a checkpoint is written."""
+    words = [*tiny_words, "--data", tiny_data, "--steps", 150, "--checkpoint-every", 7]
+    assert call("train_world_model", *words, "--run-dir", tmp_path / "straight").code == 0
+    folder, moments = tmp_path / "killed", random.Random(0)
+    line = [sys.executable, SCRIPT, *map(str, words), "--run-dir", str(folder)]
+    for _ in range(kills):
+        log = folder / "metrics.jsonl"
+        begun = log.stat().st_mtime_ns if log.exists() else 0
+        process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > begun):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        line += ["--resume"] if "--resume" not in line else []
+    ended = call("train_world_model", "--resume", "--run-dir", folder)
+    assert ended.code == 0, ended.stderr
+    assert weights(folder) == weights(tmp_path / "straight")
+    assert metrics(folder) == metrics(tmp_path / "straight")
+
+
+def test_resuming_repeats_the_settings_of_the_run(tiny_run, tiny_data, tmp_path, call):
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "copy"))
+    assert call("train_world_model", "--resume", "--run-dir", folder, "--steps", 8).code == 0
+    again = read_yaml(folder / "config.yaml")
+    assert again == read_yaml(tiny_run / "config.yaml") | {"steps": 8}
+    assert [line["step"] for line in metrics(folder)] == [2, 3, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--encoder.dim", 16), "encoder.*'dim': 8.*'dim': 16.*resume it as it was"),
+        (("--seed", 1), "sigreg.*'seed': 0.*'seed': 1"),
+        (("--batch-size", 1000), "--batch-size 1000 is more than the 70 samples"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(tiny_run, tmp_path, call, words, message):
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "copy"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    complaint = call("train_world_model", "--resume", "--run-dir", folder, *words).complaint()
+    assert re.search(message, complaint)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_episodes_shorter_than_the_health_report_train_as_well(tmp_path, tiny_words, call):
+    from jepa_world.commands.collect import Collect, collect
+
+    short = Collect(episodes=8, steps=5, workers=1, image_size=32, data=tmp_path / "short")
+    words = [*tiny_words, "--data", collect(short), "--run-dir", tmp_path / "run"]
+    assert call("train_world_model", *words).code == 0
+    assert metrics(tmp_path / "run")[-1]["open_loop_error"] > 0
+
+
+PROCESSES = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from jepa_world import SIGReg, WorldModel
+from jepa_world.encoders.conv import ConvEncoder
+from jepa_world.encoders.vit import PooledViTEncoder
+from jepa_world.methods.world_model import Output
+from jepa_world.predictors.adaln import AdaLNPredictor
+from jepa_world.predictors.mlp import MLPPredictor
+from jepa_world.training import make_accelerator, train
+
+class Both(torch.nn.Module):
+    def __init__(self, *models):
+        super().__init__()
+        self.models = torch.nn.ModuleList(models)
+
+    def forward(self, batch, step):
+        losses, terms, latents = zip(*(model(batch, step) for model in self.models))
+        return Output(sum(losses), terms[0], latents[0])
+
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+random = np.random.default_rng(0)
+pixels = random.integers(0, 256, (40, 4, 16, 16, 3), dtype=np.uint8)
+action = torch.from_numpy(random.uniform(-1, 1, (40, 4, 2)))
+torch.manual_seed(0)
+conv = ConvEncoder((1, 3, 16, 16), dim=8, width=4, stages=2, hidden=6)
+vit = PooledViTEncoder((1, 3, 16, 16), patch=8, dim=8, depth=1, heads=2)
+method = Both(
+    WorldModel(conv, MLPPredictor(8, 2, width=16), SIGReg(slices=16), weight=0.1),
+    WorldModel(vit, AdaLNPredictor(8, 2, width=16, depth=1), SIGReg(slices=16), weight=0.1),
+)
+folder = Path(sys.argv[1])
+train(
+    method, lambda index: {"pixels": torch.from_numpy(pixels[index]), "action": action[index]}, 40,
+    accelerator=make_accelerator("no", "none", folder), run_dir=folder, steps=5, batch_size=8,
+    lr=1e-2, weight_decay=1e-3, seed=0, resume=False, log_every=1, checkpoint_every=5,
+)
+"""
+
+
+NUMBERS = ("one", "two")
+
+
+def torchrun(*words, **options):
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*line, *map(str, words)], env=environment, capture_output=True, text=True, **options
+    )
+
+
+def test_two_processes_equal_one(tmp_path):
+    """In float64, where rounding cannot hide a wrong average: parameters agree to 1e-9."""
+    (tmp_path / "processes.py").write_text(PROCESSES)
+    done = torchrun(tmp_path / "processes.py", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    line = [sys.executable, tmp_path / "processes.py", tmp_path / "one"]
+    subprocess.run(line, check=True, capture_output=True)
+    one, two = (load_tensors(tmp_path / n / "checkpoint/model.safetensors")[0] for n in NUMBERS)
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9, msg=key)
+    losses = [[line["loss"] for line in metrics(tmp_path / n)] for n in NUMBERS]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_two_processes_of_the_command_equal_one(tmp_path, tiny_data, tiny_words, tiny_run):
+    """In float32: the same losses but for rounding, and checkpoints written once."""
+    folder = tmp_path / "two"
+    done = torchrun(SCRIPT, *tiny_words, "--data", tiny_data, "--run-dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es) on cpu" in done.stdout
+    for one, two in zip(metrics(tiny_run), metrics(folder), strict=True):
+        assert one.keys() == two.keys()
+        assert {k: two[k] for k in ("step", "loss") if k in two} == pytest.approx(
+            {k: one[k] for k in ("step", "loss") if k in one}, rel=1e-3
+        )
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, tiny_data, tiny_words):
+    """Real processes; the others end too."""
+    words = [*tiny_words, "--data", tiny_data, "--run-dir", tmp_path / "run", "--batch-size", 7]
+    done = torchrun(SCRIPT, *words)
+    assert done.returncode != 0
+    lines = {line for line in done.stderr.splitlines() if line.startswith("train_world_model")}
+    assert lines == {"train_world_model: --batch-size 7 does not divide by 2 processes"}
+    assert not (tmp_path / "run").exists()
