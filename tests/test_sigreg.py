@@ -299,6 +299,7 @@ for name, options in {
     accelerator.backward(loss)
     result = [loss.detach(), *(p.grad for p in encoder.parameters())]
     torch.save(result, f"{folder}/{name}-{accelerator.num_processes}-{rank}.pt")
+accelerator.wait_for_everyone()
 accelerator.end_training()
 """
 
