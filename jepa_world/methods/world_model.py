@@ -127,8 +127,9 @@ def build_world_model(
         if trusted is not None:
             require_trust(class_path(kind, part.name), trusted)
     encoder = parts["encoder"].build("encoder", shape)
-    if not isinstance(encoder, Encoder):
-        raise UserError(f"encoder {parts['encoder'].name!r} lacks `dim` or `num_tokens`, both int")
+    if not (isinstance(encoder, nn.Module) and isinstance(encoder, Encoder)):
+        name = parts["encoder"].name
+        raise UserError(f"encoder {name!r} is no nn.Module with `dim` and `num_tokens`, both int")
     predictor = parts["predictor"].build("predictor", encoder.dim, action_dim)
     return WorldModel(encoder, predictor, sigreg, weight=weight)
 
