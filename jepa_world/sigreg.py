@@ -46,7 +46,7 @@ class SIGReg(nn.Module):
         t_max: end of the integration domain. The rule of the paper's text, 17 points on the line
             [-5, 5], is `knots=9, t_max=5.0`.
         seed: of the slices.
-        orthogonal: draw slices in orthogonal blocks of d (arXiv 1810.06526): less slice noise, one
+        orthogonal: draw slices in orthogonal blocks of d (arXiv 1903.03784): less slice noise, one
             QR decomposition a block.
         unbiased: leave out the pairs of a sample with itself (U-statistic): Gaussian data has mean
             0 and the minibatch bias of arXiv 2511.08544, theorem 6, is gone; can be negative.
@@ -140,7 +140,7 @@ def orthogonal_directions(dim: int, slices: int, *, seed: int, step: int) -> Flo
     """Draw unit directions in orthogonal blocks of `dim`, each alone uniform on the sphere.
 
     The Q of a Gaussian matrix is uniform over rotations up to the signs of its columns, and the
-    statistic's distribution does not depend on them (orthogonal Monte Carlo, arXiv 1810.06526).
+    statistic's distribution does not depend on them (Rowland et al., arXiv 1903.03784).
     """
     gaussian = random_directions(dim, slices, seed=seed, step=step)
     return torch.cat([torch.linalg.qr(block).Q for block in gaussian.split(dim, dim=1)], dim=1)
@@ -178,21 +178,30 @@ def sliced_statistic(
 
 
 def cramer_von_mises(p: Float[Tensor, "*g n m"]) -> Float[Tensor, "*g m"]:
-    """Return W^2 = 1 / 12 n + sum_i (Phi(p_(i)) - (2 i - 1) / 2 n)^2; mean 1/6 for N(0, 1)."""
+    """Return W^2 = 1 / 12 n + sum_i (Phi(p_(i)) - (2 i - 1) / 2 n)^2; mean 1/6 for N(0, 1).
+
+    Source: Cramer (1928) and von Mises (1928), in the form of Stephens (1974).
+    """
     n = p.shape[-2]
     uniform = torch.special.ndtr(p.sort(dim=-2).values)
     return 1 / (12 * n) + (uniform - _midpoints(p)).square().sum(-2)
 
 
 def anderson_darling(p: Float[Tensor, "*g n m"]) -> Float[Tensor, "*g m"]:
-    """Return A^2 = -n - sum_i (2 i - 1) / n log(Phi(p_(i)) Phi(-p_(n+1-i))); mean 1 for N(0, 1)."""
+    """Return A^2 = -n - sum_i (2 i - 1) / n log(Phi(p_(i)) Phi(-p_(n+1-i))); mean 1 for N(0, 1).
+
+    Source: Anderson and Darling (1952): the Cramer-von Mises integral, the tails weighted up.
+    """
     ordered = p.sort(dim=-2).values
     logs = torch.special.log_ndtr(ordered) + torch.special.log_ndtr(-ordered.flip(-2))
     return -p.shape[-2] - 2 * (_midpoints(p) * logs).sum(-2)
 
 
 def watson(p: Float[Tensor, "*g n m"]) -> Float[Tensor, "*g m"]:
-    """Return U^2 = W^2 - n (mean Phi(p) - 1/2)^2, blind to a shift of Phi(p); mean about 1/12."""
+    """Return U^2 = W^2 - n (mean Phi(p) - 1/2)^2, blind to a shift of Phi(p); mean about 1/12.
+
+    Source: Watson (1961).
+    """
     centre = torch.special.ndtr(p).mean(-2) - 0.5
     return cramer_von_mises(p) - p.shape[-2] * centre.square()
 
@@ -200,7 +209,8 @@ def watson(p: Float[Tensor, "*g n m"]) -> Float[Tensor, "*g m"]:
 def jarque_bera(p: Float[Tensor, "*g n m"]) -> Float[Tensor, "*g m"]:
     """Return n (mean^2 / var + (var - 1)^2 / 2 + skewness^2 / 6 + (kurtosis - 3)^2 / 24); mean 4.
 
-    The extended form of arXiv 2511.08544: the last two terms alone do not see location and scale.
+    Source: Jarque and Bera (1980) for the last two terms, which do not see location and scale; the
+    first two, as in the extended test of arXiv 2511.08544, do.
     """
     mean = p.mean(-2, keepdim=True)
     variance = (p - mean).square().mean(-2)
