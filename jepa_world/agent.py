@@ -78,11 +78,11 @@ class Agent:
         """Return the first action of the best plan found from here."""
         if self.z.shape[1]:
             self.actions = torch.cat([self.actions, self.plan[:, :1]], dim=1)
+            self.plan = torch.cat([self.plan[:, 1:], torch.zeros_like(self.plan[:, :1])], dim=1)
         self.z = torch.cat([self.z, self.model.encode(observation[:, None])], dim=1)
         self.z = self.z[:, -self.history :]
         self.actions = self.actions[:, self.actions.shape[1] - self.z.shape[1] + 1 :]
-        shifted = torch.cat([self.plan[:, 1:], torch.zeros_like(self.plan[:, :1])], dim=1)
-        self.plan = self.planner(self.cost, shifted)
+        self.plan = self.planner(self.cost, self.plan)
         return self.plan[:, 0]
 
     def cost(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
