@@ -122,14 +122,14 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
     Raises:
         UserError: unknown environment, or another than the checkpoint's.
     """
+    _, channels, rows, columns = description["observation_shape"]
     try:
-        env = envs.make(config.env)
+        env = _make_env(config.env, (rows, columns, channels))
     except envs.EnvError as error:
         raise UserError(str(error)) from error
     trained = description.get("env")  # none: from a dataset that does not say
     if trained not in (None, config.env, env.spec.id if env.spec else None):
         raise UserError(f"the checkpoint was trained for env {trained!r}, not for {config.env!r}")
-    _, channels, rows, columns = description["observation_shape"]
     for what, has, expects in (
         ("observations", env.observation_space.shape, (rows, columns, channels)),
         ("actions", env.action_space.shape, (description["action_dim"],)),
@@ -137,6 +137,19 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         if has != expects:
             raise UserError(f"{what} of {config.env!r} are {has}, the checkpoint expects {expects}")
     return env
+
+
+def _make_env(name: str, frame: tuple[int, int, int]) -> gym.Env[Any, Any]:
+    """Make an environment; where it has an option `size`, with frames of this shape."""
+    env = envs.make(name)
+    if env.observation_space.shape == frame or frame[0] != frame[1]:
+        return env
+    try:
+        resized = envs.make(name, size=frame[0])
+    except envs.EnvError:
+        return env
+    env.close()
+    return resized
 
 
 def make_planner(config: Planning, env: gym.Env[Any, Any]) -> tuple[Planner, Tensor]:
