@@ -89,8 +89,13 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         batch = read(batch_index(num_samples, batch_size, seed, step)[share])
-        loss, terms, latent = model({k: v.to(accelerator.device) for k, v in batch.items()}, step)
-        _check_finite(loss, step, run_dir)
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        try:
+            loss, terms, latent = model(batch, step)
+        except ValueError as error:  # of a loss that refuses features that are not finite
+            raise _diverged(str(error), step, run_dir) from error
+        if not torch.isfinite(loss):
+            raise _diverged(f"the loss is {loss.item()}", step, run_dir)
         accelerator.backward(loss)
         norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), 1.0))
         prepared.step()
@@ -185,10 +190,9 @@ def _progress(first: int, steps: int, accelerator: Accelerator) -> Iterable[int]
     return tqdm(numbers, "training", steps, initial=first, disable=hidden, mininterval=1.0)
 
 
-def _check_finite(loss: Tensor, step: int, run_dir: Path) -> None:
-    if not torch.isfinite(loss):
-        where = f"the last good checkpoint is in {str(run_dir / 'checkpoint')!r}"
-        raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; {where}")
+def _diverged(what: str, step: int, run_dir: Path) -> UserError:
+    where = f"the last good checkpoint is in {str(run_dir / 'checkpoint')!r}"
+    return UserError(f"at step {step} {what}: lower --lr; {where}")
 
 
 def _in_evaluation_mode(method: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:

@@ -153,7 +153,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"loss is nan at step 12: lower --lr; .*checkpoint'$"):
+    with pytest.raises(UserError, match=r"at step 12 the loss is nan: lower --lr; .*checkpoint'$"):
         fit(tmp_path, Line(breaks=12))
     tensors, facts = load_tensors(tmp_path / "checkpoint" / "model.safetensors")
     assert facts == {"step": 10} and all(tensor.isfinite().all() for tensor in tensors.values())

@@ -52,11 +52,13 @@ def run(config: Evaluate) -> None:
     models = [load_world_model(source, config.trust) for source in sources]
     env, *_ = [open_env(config, description) for _, description in models]
     seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
+    agents = [
+        Agent(model, *make_planner(config, env), history=config.history) for model, _ in models
+    ]
     made.open(config)
 
     by_model: dict[str, list[Episode]] = {}
-    for source, (model, _) in zip(sources, models, strict=True):
-        agent = Agent(model, *make_planner(config, env), history=config.history)
+    for source, agent in zip(sources, agents, strict=True):
         by_model[str(source)] = _episodes(
             f"{source}", env, ModelPolicy(agent), seeds, config.budget
         )

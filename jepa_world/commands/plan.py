@@ -77,8 +77,8 @@ def run(config: Plan) -> None:
     model, description = load_world_model(source, config.trust)
     env = open_env(config, description)
     seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
-    made.open(config)
     agent = Agent(model, *make_planner(config, env), history=config.history)
+    made.open(config)
     bank = FrameBank.of(env, model)
     films: list[Film] = []
     for seed in tqdm(seeds, "planning", mininterval=1.0):
