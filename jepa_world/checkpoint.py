@@ -5,6 +5,7 @@ last good one. `training.safetensors` holds all that a resumed run needs, in one
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,18 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a mapping as indented JSON."""
-    text = json.dumps(values, indent=2) + "\n"
+    """Write a mapping as indented JSON; a number that is not finite becomes null."""
+    text = json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    """Return a value without the NaN and infinities that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

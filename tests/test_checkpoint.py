@@ -93,6 +93,14 @@ def test_values_that_yaml_or_json_cannot_hold_leave_the_old_file(tmp_path):
     assert read_yaml(tmp_path / "a.yaml") == json.loads((tmp_path / "a.json").read_text())
 
 
+def test_json_without_numbers_that_json_does_not_have(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1.5, float("inf")], "c": {"d": (float("nan"), True)}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "b": [1.5, None],
+        "c": {"d": [None, True]},
+    }
+
+
 def test_a_checkpoint_is_found_in_a_run_and_in_its_own_folder(tiny_run):
     assert find_checkpoint(tiny_run) == find_checkpoint(tiny_run / "checkpoint")
 

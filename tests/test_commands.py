@@ -239,6 +239,28 @@ def test_an_env_without_a_goal_ends_in_one_line(refuses, copy_of, tiny_run):
     refuses(r"gives no info\['goal'\]", "plan", "--env", "Goalless-v0", "--checkpoint", folder)
 
 
+def test_an_env_that_knows_success_alone_is_planned_in(call, copy_of, tiny_run, tmp_path):
+    from jepa_world.envs import make
+
+    class Plain(gym.Env):
+        """Reach without its true distances."""
+
+        def __init__(self):
+            inner = make("reach", size=32)
+            self.reset, self.step = inner.reset, inner.step
+            self.observation_space, self.action_space = inner.observation_space, inner.action_space
+
+    gym.register("Plain-v0", entry_point=lambda **options: Plain())
+    folder = copy_of(tiny_run)
+    file = folder / "checkpoint" / "config.yaml"
+    write_yaml(file, read_yaml(file) | {"env": None})
+    words = ("--env", "Plain-v0", "--checkpoint", folder, *SHORT)
+    for command in ("plan", "evaluate"):
+        ended = call(command, *words, "--run-dir", tmp_path / command)
+        assert ended.code == 0, ended.stderr
+        assert "simulator_ceiling" not in results_of(tmp_path / command)
+
+
 def test_a_dataset_cut_short_ends_in_one_line(refuses, copy_of, tiny_data):
     folder = copy_of(tiny_data)
     (shard,) = folder.glob("*.h5")

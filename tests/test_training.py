@@ -322,6 +322,7 @@ def test_two_processes_equal_one(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_command_equal_one(tmp_path, tiny_data, tiny_words, tiny_run):
     """In float32: the same losses but for rounding, and checkpoints written once."""
     folder = tmp_path / "two"
