@@ -138,7 +138,9 @@ def test_a_checkpoint_that_is_not_trusted_runs_no_code_of_its_own(tiny_run, tmp_
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("key", ["encoder", "predictor", "observation_shape", "sigreg", "method"])
+@pytest.mark.parametrize(
+    "key", ["encoder", "predictor", "observation_shape", "action_dim", "method"]
+)
 def test_a_description_that_lacks_a_key_is_refused(tiny_run, tmp_path, key):
     from jepa_world.methods.world_model import load_world_model
 

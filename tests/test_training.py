@@ -234,7 +234,7 @@ def test_resuming_repeats_the_settings_of_the_run(tiny_run, tiny_data, tmp_path,
     ("words", "message"),
     [
         (("--encoder.dim", 16), "encoder.*'dim': 8.*'dim': 16.*resume it as it was"),
-        (("--seed", 1), "sigreg.*'seed': 0.*'seed': 1"),
+        (("--predictor", "adaln"), "predictor.*'mlp'.*'adaln'.*resume it as it was"),
         (("--batch-size", 1000), "--batch-size 1000 is more than the 70 samples"),
     ],
 )
