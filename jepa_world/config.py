@@ -248,13 +248,19 @@ def _join(layers: list[list[str]], parts: dict[str, Part]) -> list[str]:
     """
     joined: list[str] = []
     for layer in layers:
-        words = [f"{w}.name" if w.startswith("--") and w[2:] in parts else w for w in layer]
+        flags = [_part_flag(kind) for kind in parts]
+        words = [f"{word}.name" if word in flags else word for word in layer]
         for kind, default in parts.items():
             before = _chosen(joined, kind, default.name)
             if _chosen(words, kind, before) != before:
-                joined = _drop_options(joined, f"--{kind}.")
+                joined = _drop_options(joined, f"{_part_flag(kind)}.")
         joined += words
     return joined
+
+
+def _part_flag(kind: str) -> str:
+    """Return the flag of a kind of part: `--masked-predictor` of `masked_predictor`."""
+    return "--" + kind.replace("_", "-")
 
 
 def _drop_options(words: list[str], prefix: str) -> list[str]:
@@ -270,7 +276,7 @@ def _drop_options(words: list[str], prefix: str) -> list[str]:
 
 def _chosen(words: list[str], kind: str, default: str) -> str:
     """Return the last name given for a kind of part."""
-    flag = f"--{kind}.name"
+    flag = f"{_part_flag(kind)}.name"
     names = [words[i + 1] for i, word in enumerate(words[:-1]) if word == flag]
     return names[-1] if names else default
 

@@ -16,6 +16,9 @@ PARTS: dict[str, dict[str, str]] = {
         "mlp": "jepa_world.predictors.mlp:MLPPredictor",
         "adaln": "jepa_world.predictors.adaln:AdaLNPredictor",
     },
+    "masked_predictor": {
+        "transformer": "jepa_world.predictors.masked:MaskedTransformer",
+    },
     "planner": {
         "cem": "jepa_world.planners.cem:CEM",
         "random_shooting": "jepa_world.planners.random_shooting:RandomShooting",

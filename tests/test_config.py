@@ -22,6 +22,8 @@ class Settings:
     """A part whose default presets an option."""
     encoder: Part = Part("conv")
     """A part."""
+    masked_predictor: Part = Part("transformer")
+    """A part whose kind has two words."""
     steps: int = 10
     """A number."""
     rate: float = 0.5
@@ -54,6 +56,7 @@ def yaml_file(folder, text):
         ("--limit", 3, "--no-ceiling", "--rate", -1.5, "--checkpoint", "runs/a", "runs/b"),
         ("--planner", "random_shooting", "--encoder.hidden", 7, "--precision", "no"),
         ("--encoder", "vit", "--encoder.size", "small", "--planner.std", 1e-7),
+        ("--masked-predictor", "transformer", "--masked-predictor.depth", 3),
     ],
 )
 def test_a_configuration_written_as_yaml_reads_back_as_itself(words, tmp_path):
