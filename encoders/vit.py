@@ -37,6 +37,7 @@ class ViTEncoder(nn.Module):
         dim: Width of the tokens, in place of the preset's.
         depth: Number of blocks, in place of the preset's.
         heads: Attention heads, in place of the preset's.
+        mlp_ratio: Width of a block's hidden layer, as a multiple of the tokens' width.
 
     Raises:
         ValueError: the clip does not divide into patches, or the width into heads.
@@ -63,6 +64,7 @@ class ViTEncoder(nn.Module):
         dim: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
+        mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
         frames, channels, rows, columns = observation_shape
@@ -72,7 +74,7 @@ class ViTEncoder(nn.Module):
                 f"into patches of {tubelet} x {patch} x {patch}"
             )
         preset_dim, preset_depth, preset_heads = SIZES[size]
-        self.dim = dim or preset_dim
+        self.dim, self.heads = dim or preset_dim, heads or preset_heads
         self.grid = (frames // tubelet, rows // patch, columns // patch)
         self.num_tokens = self.grid[1] * self.grid[2]
         self.patch, self.tubelet = patch, tubelet
@@ -80,7 +82,7 @@ class ViTEncoder(nn.Module):
         axes = self.grid if self.grid[0] > 1 else self.grid[1:]
         self.register_buffer("positions", sincos_positions(self.dim, *axes), persistent=False)
         self.blocks = nn.ModuleList(
-            Block(self.dim, heads or preset_heads) for _ in range(depth or preset_depth)
+            Block(self.dim, self.heads, mlp_ratio=mlp_ratio) for _ in range(depth or preset_depth)
         )
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.apply(_initialise)
