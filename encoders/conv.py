@@ -41,7 +41,7 @@ class ConvEncoder(nn.Module):
         dim: int = 32,
         width: int = 16,
         stages: int = 4,
-        hidden: int | None = None,
+        hidden: int | None = 256,
     ) -> None:
         super().__init__()
         _, channels, rows, columns = observation_shape

@@ -6,6 +6,7 @@ One domain is one `.py` beside one `.xml`. Nothing heavy is imported until an en
 import os
 import sys
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -40,14 +41,19 @@ def make(name: str, **options: Any) -> gymnasium.Env:
     from jepa_world.envs.rendering import choose_gl
 
     choose_gl()
-    if ":" in name and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    before = list(sys.path)
+    if ":" in name:
+        # a checkout's root holds folders named envs and planners, as a user's own may
+        checkout = str(Path(__file__).resolve().parent.parent)
+        sys.path[:] = [entry for entry in before if entry != checkout] + [os.getcwd()]
     try:
         return gymnasium.make(SHORT_NAMES.get(name, name), **options)
-    except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        raise EnvError(f"unknown env {name!r}{_nearest(name)}") from error
+    except (gymnasium.error.Error, ImportError) as error:
+        raise EnvError(f"unknown env {name!r}{_nearest(name)}; {error}") from error
     except TypeError as error:
         raise EnvError(f"env {name!r} does not take options {options!r}: {error}") from error
+    finally:
+        sys.path[:] = [*before, *(entry for entry in sys.path if entry not in before)]
 
 
 def _nearest(name: str) -> str:

@@ -63,12 +63,12 @@ def choose_gl() -> None:
     """Set MUJOCO_GL on Linux, where it is unset, to what works without a screen: EGL, then OSMesa.
 
     MuJoCo reads it when it is imported, so this comes first; a MuJoCo that was imported before is
-    pointed at the choice. Where neither works it stays unset and MuJoCo tries the screen. Software
+    pointed at the choice. Where neither works it stays unset and MuJoCo uses the screen. Software
     rendering stays in the calling thread (LP_NUM_THREADS): for small pictures Mesa's own threads
     cost more than they give.
 
     Raises:
-        EnvError: MUJOCO_GL asks for EGL or OSMesa, which is not there.
+        EnvError: MUJOCO_GL asks for what is not there, or there is nothing to draw with.
     """
     if sys.platform != "linux":
         return
@@ -77,10 +77,10 @@ def choose_gl() -> None:
     asked = os.environ.get("MUJOCO_GL", "")
     if asked in works and not works[asked]():
         raise EnvError(_missing_gl("its library or a device is missing"))
-    if asked:
-        return
-    chosen = next((name for name, check in works.items() if check()), None)
-    if chosen is None:
+    chosen = asked or next((name for name, check in works.items() if check()), "glfw")
+    if chosen == "glfw" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise EnvError(_missing_gl("there is no screen, nor EGL or OSMesa without one"))
+    if asked or chosen == "glfw":
         return
     os.environ["MUJOCO_GL"] = chosen
     if "mujoco" in sys.modules:

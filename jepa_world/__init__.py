@@ -30,7 +30,7 @@ _PUBLIC = {
     "WorldModel": "jepa_world.methods.world_model",
     "load_world_model": "jepa_world.methods.world_model",
 }
-__all__ = list(_PUBLIC)
+__all__ = ["Agent", "SIGReg", "Trajectories", "WorldModel", "load_world_model"]
 
 
 def __getattr__(name: str) -> _Any:

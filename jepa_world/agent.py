@@ -22,8 +22,11 @@ Objective = Callable[[Float[Tensor, "b s h n d"], Float[Tensor, "b n d"]], Float
 def summed_distance(
     z: Float[Tensor, "b s h n d"], goal: Float[Tensor, "b n d"]
 ) -> Float[Tensor, "b s"]:
-    """Sum the squared latent distance to the goal over the horizon: arrive early, and stay."""
-    return (z - goal[:, None, None]).square().sum((-1, -2, -3))
+    """Sum the latent distance to the goal over the horizon: arrive early, and stay.
+
+    Not squared: squares let the first, far steps of a plan drown the last, near ones.
+    """
+    return torch.linalg.vector_norm(z - goal[:, None, None], dim=(-1, -2)).sum(-1)
 
 
 class Agent:
@@ -65,7 +68,7 @@ class Agent:
         self.history = history
         self.objective = objective
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reset(self, goal: UInt8[Tensor, "b hh ww c"]) -> None:
         """Begin episodes that should end looking like `goal`."""
         self.goal = self.model.encode(goal[:, None])[:, 0]  # b n d
@@ -73,7 +76,7 @@ class Agent:
         self.plan = repeat(self.start, "h a -> b h a", b=len(goal))
         self.actions = self.plan[:, :0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def act(self, observation: UInt8[Tensor, "b hh ww c"]) -> Float[Tensor, "b a"]:
         """Return the first action of the best plan found from here."""
         if self.z.shape[1]:
@@ -89,7 +92,7 @@ class Agent:
         """Return the objective of the latents the model predicts for every plan."""
         return self.objective(self.imagine(plans), self.goal)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def imagine(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s h n d"]:
         """Predict the latents that every plan would visit from here."""
         samples = plans.shape[1]

@@ -32,7 +32,7 @@ class MLPPredictor(nn.Module):
     """
 
     def __init__(
-        self, dim: int, action_dim: int, *, width: int = 256, depth: int = 2, history: int = 1
+        self, dim: int, action_dim: int, *, width: int = 256, depth: int = 3, history: int = 1
     ) -> None:
         super().__init__()
         self.history = history

@@ -25,11 +25,11 @@ from typing import Any, cast
 
 import h5py
 import numpy as np
-import yaml
 from einops import rearrange
 from jaxtyping import Float, Int
 from PIL import Image
 
+from jepa_world.config import read_yaml
 from jepa_world.data.video import read_video, video_times
 from jepa_world.registry import UserError
 
@@ -290,7 +290,7 @@ class _Frames:
 def _read_metadata(path: Path) -> dict[str, Any]:
     """Return dataset.yaml of a folder, or nothing where there is none."""
     file = path / "dataset.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+    return read_yaml(file) if file.is_file() else {}
 
 
 def _check_complete(path: Path, metadata: Mapping[str, Any], found: int) -> None:

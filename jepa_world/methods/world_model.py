@@ -37,15 +37,18 @@ class WorldModel(nn.Module):
         encoder: Part that maps video to latents.
         predictor: Part that maps latents and actions to the next latents.
         sigreg: The regulariser.
-        weight: Of SIGReg (which includes the factor N) against the prediction error.
+        weight: Of SIGReg (which includes the factor N) against the prediction error, at first:
+            a large weight soon makes the latents hold the whole picture.
+        final_weight: Where the weight falls to, geometrically: a small one leaves them smooth, so
+            that they can be predicted and distances mean something. Constant if not given.
+        steps: Of training, over which the weight falls.
 
     Example:
         >>> import torch
         >>> from jepa_world.encoders.conv import ConvEncoder
         >>> from jepa_world.predictors.mlp import MLPPredictor
-        >>> model = WorldModel(
-        ...     ConvEncoder((1, 3, 64, 64)), MLPPredictor(32, 2), SIGReg(slices=64), weight=0.01
-        ... )
+        >>> parts = ConvEncoder((1, 3, 64, 64)), MLPPredictor(32, 2), SIGReg(slices=64)
+        >>> model = WorldModel(*parts, weight=0.1, final_weight=0.01, steps=1000)
         >>> pixels = torch.randint(0, 256, (8, 4, 64, 64, 3), dtype=torch.uint8)
         >>> output = model({"pixels": pixels, "action": torch.zeros(8, 4, 2)}, step=0)
         >>> sorted(output.terms)
@@ -53,13 +56,22 @@ class WorldModel(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, predictor: nn.Module, sigreg: SIGReg, *, weight: float
+        self,
+        encoder: nn.Module,
+        predictor: nn.Module,
+        sigreg: SIGReg,
+        *,
+        weight: float,
+        final_weight: float | None = None,
+        steps: int = 1,
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
         self.predictor: Predictor = predictor  # type: ignore[assignment]
         self.sigreg = sigreg
         self.weight = weight
+        self.final_weight = weight if final_weight is None else final_weight
+        self.steps = steps
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of windows: `pixels (b t hh ww c)` bytes, `action (b t a)`.
@@ -73,7 +85,9 @@ class WorldModel(nn.Module):
         regulariser = self.sigreg(rearrange(z, "b t n d -> (t n) b d"), step)
         terms = {"prediction": prediction.detach(), "sigreg": regulariser.detach()}
         latent = rearrange(z.detach(), "b t n d -> (b t n) d")
-        return Output(prediction + self.weight * regulariser, terms, latent)
+        done = min(1.0, step / self.steps)
+        weight = self.weight ** (1 - done) * self.final_weight**done
+        return Output(prediction + weight * regulariser, terms, latent)
 
     def encode(self, pixels: UInt8[Tensor, "b t hh ww c"]) -> Float[Tensor, "b t n d"]:
         """Encode byte frames, channels last as environments and datasets hold them."""
@@ -103,13 +117,13 @@ def rollout(
     return z[:, known:]
 
 
-def build_world_model(
+def build_parts(
     description: dict[str, Any], trusted: tuple[str, ...] | None = None
-) -> WorldModel:
-    """Build a world model from the `config.yaml` of its checkpoint.
+) -> tuple[nn.Module, nn.Module]:
+    """Build the encoder and the predictor that a checkpoint's `config.yaml` describes.
 
     Args:
-        description: `observation_shape`, `action_dim`, `sigreg`, the two parts with their options.
+        description: `observation_shape`, `action_dim` and the two parts with their options.
         trusted: Packages outside jepa_world whose parts may be imported; all if not given,
             which is right only where the user has named the part on the command line.
 
@@ -118,9 +132,8 @@ def build_world_model(
     """
     try:
         shape = tuple(int(size) for size in description["observation_shape"])
-        sigreg = SIGReg(slices=description["sigreg"]["slices"], seed=description["sigreg"]["seed"])
         parts = {kind: part_from_dict(description[kind]) for kind in ("encoder", "predictor")}
-        action_dim, weight = int(description["action_dim"]), float(description["sigreg"]["weight"])
+        action_dim = int(description["action_dim"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"not the description of a world model: {error!r}") from error
     for kind, part in parts.items():
@@ -130,8 +143,7 @@ def build_world_model(
     if not (isinstance(encoder, nn.Module) and isinstance(encoder, Encoder)):
         name = parts["encoder"].name
         raise UserError(f"encoder {name!r} is no nn.Module with `dim` and `num_tokens`, both int")
-    predictor = parts["predictor"].build("predictor", encoder.dim, action_dim)
-    return WorldModel(encoder, predictor, sigreg, weight=weight)
+    return encoder, parts["predictor"].build("predictor", encoder.dim, action_dim)
 
 
 def load_world_model(
@@ -150,6 +162,7 @@ def load_world_model(
     method = description.get("method")
     if method != "world_model":
         raise UserError(f"{str(folder)!r} holds the method {method!r}, expected 'world_model'")
-    model = build_world_model(description, trusted)
+    parts = build_parts(description, trusted)
+    model = WorldModel(*parts, SIGReg(), weight=0.0)
     load_weights(model, folder / "model.safetensors")
     return model.eval(), description
