@@ -53,7 +53,7 @@ def main() -> None:
     model, description = load_world_model(parser.parse_args().checkpoint)
     config, bound = Planning(), torch.ones(description["action_dim"])
     planner = CEM(-bound, bound, config.horizon, **config.planner.options)
-    shape = (planner.samples, planner.elites, planner.iterations)
+    shape = (planner.samples, planner.elites, len(planner.filters))
     print("{} samples, {} elites, {} iterations, ".format(*shape) + f"horizon {config.horizon}")
 
     size = description["observation_shape"]
@@ -71,7 +71,7 @@ def main() -> None:
     plain = cpu_milliseconds(lambda: rollout(model.predictor, z, plans[0]))
     print(f"one plan: {whole:.1f} CPU-ms")
     print(f"  encode {encode:.2f}")
-    print(f"  rollout {planner.iterations} x {fast:.2f}; step by step {plain:.2f}: ", end="")
+    print(f"  rollout {shape[2]} x {fast:.2f}; step by step {plain:.2f}: ", end="")
     print(f"ratio {fast / plain:.2f}")
     for episodes in (1, 8):
         first = start.expand(episodes, -1, -1)

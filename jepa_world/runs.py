@@ -33,7 +33,7 @@ class Run:
         """Make the folder and write the configuration, every value of it, as `config.yaml`.
 
         Raises:
-            UserError: the folder holds a run already, cannot be written, or there is none to resume.
+            UserError: the folder holds a run already, cannot be written, or has none to resume.
         """
         name = repr(str(self.folder))
         if resume and not (self.folder / "config.yaml").is_file():
