@@ -92,7 +92,6 @@ class Agent:
         """Return the objective of the latents the model predicts for every plan."""
         return self.objective(self.imagine(plans), self.goal)
 
-    @torch.no_grad()
     def imagine(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s h n d"]:
         """Predict the latents that every plan would visit from here."""
         samples = plans.shape[1]

@@ -51,6 +51,7 @@ class Film:
         self.seen: list[Frame] = []
         self.imagined: list[Frame] = []
 
+    @torch.no_grad()
     def watch(self, observation: Frame) -> None:
         """Record an observation, and the frame nearest to where the present plan is to end."""
         self.seen.append(observation)

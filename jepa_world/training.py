@@ -81,7 +81,7 @@ def train(
     share = own_share(batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
     optimizer = AdamW(_parameter_groups(method, weight_decay), lr=lr)
-    first = _load_training(run_dir, method, optimizer) if resume else 0
+    first = _load_training(run_dir, method, optimizer, accelerator) if resume else 0
     model, prepared = accelerator.prepare(method, optimizer)
     log = _Log(run_dir, first, accelerator)
     for step in _progress(first, steps, accelerator):
@@ -108,7 +108,7 @@ def train(
             log.measure(_in_evaluation_mode(method, evaluate))
         log.write(done, learning_rate(step, steps, lr))
         if (done % checkpoint_every == 0 or last) and accelerator.is_main_process:
-            _save_training(run_dir, method, optimizer, done)
+            _save_training(run_dir, method, optimizer, accelerator, done)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return log.last
@@ -205,7 +205,9 @@ def _in_evaluation_mode(method: nn.Module, evaluate: Evaluate | None) -> dict[st
     return measured
 
 
-def _save_training(run_dir: Path, method: nn.Module, optimizer: AdamW, step: int) -> None:
+def _save_training(
+    run_dir: Path, method: nn.Module, optimizer: AdamW, accelerator: Accelerator, step: int
+) -> None:
     """Write the weights, and beside them all that a resumed run needs, each whole or not at all."""
     folder = run_dir / "checkpoint"
     weights = method.state_dict()
@@ -213,10 +215,14 @@ def _save_training(run_dir: Path, method: nn.Module, optimizer: AdamW, step: int
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
     save_tensors(folder / "model.safetensors", weights, {"step": step})
-    save_tensors(folder / "training.safetensors", tensors, {"step": step})  # last: resumed from
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+    facts = {"step": step, "scaler": scaler}  # the scale of the loss, in fp16 only
+    save_tensors(folder / "training.safetensors", tensors, facts)  # last: resumed from
 
 
-def _load_training(run_dir: Path, method: nn.Module, optimizer: AdamW) -> int:
+def _load_training(
+    run_dir: Path, method: nn.Module, optimizer: AdamW, accelerator: Accelerator
+) -> int:
     """Load what `_save_training` wrote and return the number of steps done; 0 before the first."""
     path = run_dir / "checkpoint" / "training.safetensors"
     if not path.exists():
@@ -231,6 +237,8 @@ def _load_training(run_dir: Path, method: nn.Module, optimizer: AdamW) -> int:
             states.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+    if accelerator.scaler and facts["scaler"]:
+        accelerator.scaler.load_state_dict(facts["scaler"])
     return int(facts["step"])
 
 
