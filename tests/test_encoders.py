@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from jepa_world.encoders.vit import PooledViTEncoder, ViTEncoder
 from jepa_world.testing import check_encoder
 
 FRAME = (1, 3, 32, 32)
-SMALL_VIT = {"depth": 2, "heads": 2}
+SMALL_VIT: dict[str, Any] = {"depth": 2, "heads": 2}
 
 
 @pytest.mark.parametrize(

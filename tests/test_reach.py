@@ -10,8 +10,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import jepa_world.envs as envs
-import jepa_world.envs.reach
-import jepa_world.envs.rendering
+from jepa_world.envs import reach as reach_module
+from jepa_world.envs import rendering
 
 
 @pytest.fixture
@@ -34,9 +34,7 @@ def test_passes_gymnasium_check_env(name):
     check_env(env.unwrapped)
 
 
-@pytest.mark.parametrize(
-    "module", [envs, jepa_world.envs.reach, jepa_world.envs.rendering], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("module", [envs, reach_module, rendering], ids=lambda m: m.__name__)
 def test_examples_in_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
 
@@ -108,6 +106,7 @@ def test_torque_variant_has_inertia_and_damping():
 @pytest.mark.parametrize("name", ["reach", "reach_torque"])
 def test_simulated_distances_are_those_of_stepping_and_leave_the_state(name):
     env = envs.make(name).unwrapped
+    assert isinstance(env, reach_module.ReachEnv)
     env.reset(seed=1, options={"start": (0.0, 2.2)})
     env.step(np.array([0.5, 1.0]))
     candidates = np.random.default_rng(0).uniform(-1, 1, (6, 7, 2)).astype(np.float32)
