@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+import jepa_world
 import jepa_world.envs as envs
 from jepa_world.envs import reach as reach_module
 from jepa_world.envs import rendering
