@@ -1,0 +1,192 @@
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from jepa_world.encoders.vit import ViTEncoder
+from jepa_world.masking import MultiBlockMasks
+from jepa_world.methods.ijepa import (
+    IJEPA,
+    TeacherIJEPA,
+    build_ijepa,
+    centre_positions,
+    sigreg_between_images,
+)
+from jepa_world.predictors.masked import MaskedTransformer
+from jepa_world.registry import UserError
+from jepa_world.sigreg import SIGReg, random_directions
+
+DESCRIPTION = {
+    "observation_shape": [1, 3, 16, 16],
+    "encoder": {"name": "vit", "patch": 4, "dim": 32, "depth": 1, "heads": 2},
+    "masked_predictor": {"name": "transformer", "width": 16, "depth": 1, "heads": 1},
+    "masks": {"context": 0.3, "target": 0.5, "blocks": [0.15, 0.2]},
+    "teacher": None,
+    "sigreg": {"slices": 32, "seed": 0, "weight": 10.0},
+}
+TEACHER = DESCRIPTION | {"teacher": {"momentum": 0.9, "steps": 10}}
+
+
+def batch(count=32):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    return {"pixels": pixels, "index": torch.arange(count)}
+
+
+def built(description):
+    torch.manual_seed(0)
+    return build_ijepa(description)
+
+
+def definition(z, directions):
+    """SIGReg over pairs of different images, by its definition: a loop over all pairs."""
+    t = torch.linspace(0, 3, 17, dtype=z.dtype)
+    phi = torch.exp(-t.square() / 2)
+    weights = torch.full_like(t, 2 * 3 / 16)
+    weights[[0, -1]] /= 2
+    waves = torch.exp(1j * t * (z @ directions).unsqueeze(-1))  # (b k m t)
+    pairs = []
+    for i in range(len(z)):
+        for j in range(len(z)):
+            if i != j:
+                ours, others = waves[i].mean(0), waves[j].mean(0)
+                pairs.append(((ours - phi) * (others - phi).conj()).real @ (weights * phi))
+    return torch.stack(pairs).mean()
+
+
+def test_sigreg_between_images_is_the_mean_over_pairs_of_different_images():
+    z = torch.randn(5, 7, 6, dtype=torch.float64) * 1.5 + 0.3
+    directions = random_directions(6, 32, seed=0, step=4).double()
+    found = sigreg_between_images(SIGReg(slices=32), z, 4)
+    torch.testing.assert_close(found, definition(z, directions), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_it_has_mean_zero_for_gaussian_images_whether_their_tokens_are_alike_or_not(alike):
+    z = torch.randn(100, 24, 1 if alike else 6, 4).expand(-1, -1, 6, -1)
+    values = torch.stack([sigreg_between_images(SIGReg(slices=16), own, 0) for own in z])
+    assert values.mean().abs() < 4 * values.std() / 10
+    assert values.std() < 0.1
+
+
+def test_it_is_large_for_constant_tokens_and_for_what_positions_alone_tell():
+    of_position = torch.randn(1, 9, 8).expand(32, -1, -1)
+    index = torch.arange(9).expand(32, -1)
+    centred = centre_positions(of_position, index, 9)
+    torch.testing.assert_close(centred, torch.zeros(32, 9, 8), atol=1e-6, rtol=0)
+    assert sigreg_between_images(SIGReg(slices=16), centred, 0) > 0.3
+
+
+def test_tokens_are_centred_over_the_images_that_have_them():
+    index = torch.tensor([[0, 2], [0, 1], [0, 2]])
+    z = torch.tensor([[1.0, 4.0], [2.0, 7.0], [6.0, 8.0]]).unsqueeze(-1)
+    centred = centre_positions(z, index, 4).squeeze(-1)
+    assert centred.tolist() == [[-2.0, -2.0], [-1.0, 0.0], [3.0, 2.0]]
+
+
+@pytest.mark.parametrize("description", [DESCRIPTION, TEACHER], ids=["sigreg", "teacher"])
+def test_hidden_pixels_reach_the_loss_through_the_target_only(description):
+    """What is neither context nor target changes no prediction; gradients come from the context."""
+    method = built(description)
+    output = method(batch(), step=0)
+    output.loss.backward()
+    trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    frozen = {name for name, p in method.named_parameters() if not p.requires_grad}
+    expected = "encoder." if description["teacher"] else "nothing"
+    assert all(name.startswith(expected) for name in frozen)
+    assert output.latent.shape == (32, 32)
+
+
+def test_masks_and_slices_change_with_the_step_and_come_back():
+    method = built(DESCRIPTION)
+    first, again, later = (method(batch(), step=step).loss for step in (0, 0, 1))
+    assert first == again and first != later
+
+
+def test_the_teacher_follows_the_student_with_a_momentum_that_rises_to_one():
+    method = built(TEACHER)
+    student, teacher = method.student.norm, method.encoder.norm
+    with torch.no_grad():
+        student.weight.add_(1.0)
+    for step, expected in ((0, 1.0), (1, 1.1), (11, 1.1)):
+        method(batch(), step)
+        torch.testing.assert_close(teacher.weight, torch.full((32,), expected))
+    with torch.no_grad():
+        student.weight.add_(1.0)
+    method.eval()(batch(), step=2)
+    torch.testing.assert_close(teacher.weight, torch.full((32,), 1.1))
+
+
+@pytest.mark.parametrize(("weight", "collapses"), [(0.0, True), (10.0, False)])
+def test_sigreg_alone_keeps_tokens_from_collapsing(weight, collapses):
+    torch.manual_seed(0)
+    encoder = ViTEncoder((1, 3, 16, 16), patch=4, dim=16, depth=1, heads=2)
+    predictor = MaskedTransformer(16, encoder.grid, width=16, depth=1, heads=1)
+    masks = MultiBlockMasks(encoder.grid)
+    method = IJEPA(encoder, predictor, SIGReg(slices=32), masks, weight=weight)
+    optimizer = torch.optim.Adam(method.parameters(), 3e-3)
+    for step in range(40):
+        method(batch(), step).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    video = batch()["pixels"].permute(0, 3, 1, 2)[:, None] / 255
+    spread = method.encoder(video)[:, 0].std(0).mean()
+    assert spread < 0.25 if collapses else spread > 0.5
+
+
+def _loss_and_gradients(rank, processes, folder):
+    """Compute on this process's share of the batch; average gradients as data parallelism does."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    method = built(DESCRIPTION)
+    size = 32 // processes
+    mine = {key: value[rank * size : (rank + 1) * size] for key, value in batch().items()}
+    loss = method(mine, step=2).loss
+    loss.backward()
+    gradients = [p.grad for p in method.parameters() if p.grad is not None]
+    if processes > 1:
+        for value in (loss.data, *gradients):
+            dist.all_reduce(value)
+            value /= processes
+        dist.destroy_process_group()
+    torch.save((loss.detach(), gradients), f"{folder}/{processes}-{rank}.pt")
+
+
+def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
+    _loss_and_gradients(0, 1, tmp_path)
+    spawn(_loss_and_gradients, (2, str(tmp_path)), nprocs=2)
+    one, *two = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    for part in two:
+        torch.testing.assert_close(part, one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": {"name": "conv", "stages": 2}}, "encoder 'conv' has no `grid`"),
+        ({"masks": {"context": 0.9, "target": 0.5}}, "not the description of I-JEPA: .*blocks"),
+        ({"masks": DESCRIPTION["masks"] | {"context": 0.9}}, "each needs one, and together"),
+        ({"teacher": {}}, "not the description of I-JEPA: .*momentum"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        build_ijepa(DESCRIPTION | change)
+
+
+def test_a_masked_predictor_tells_positions_apart_and_no_order():
+    predictor = MaskedTransformer(8, (2, 3, 3), width=16, depth=1, heads=2)
+    context, seen = torch.randn(2, 4, 8), torch.tensor([[0, 3, 5, 17], [1, 2, 9, 10]])
+    unseen = torch.tensor([[1, 2, 16], [0, 3, 4]])
+    predicted = predictor(context, seen, unseen)
+    assert predicted.shape == (2, 3, 8) and len(predicted[0].unique(dim=0)) == 3
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(predictor(context[:, order], seen[:, order], unseen), predicted)
+    torch.testing.assert_close(predictor(context, seen, unseen.flip(1)), predicted.flip(1))
+
+
+def test_a_teacher_is_built_where_the_description_has_one():
+    assert isinstance(built(TEACHER), TeacherIJEPA) and isinstance(built(DESCRIPTION), IJEPA)
