@@ -3,9 +3,10 @@
     with SIGReg:  loss = |predict(z_context) - z*|^2 + weight * SIGReg(z_context)
     with teacher: loss = smooth-L1(predict(z_context) - normalise(z_teacher))
 
-z* is the same encoder's view of the whole image, without gradient; all z are centred at every
-position over the batch, so that a token cannot score with what its position tells. SIGReg compares
-tokens of different images only: see `sigreg_between_images`.
+z* are tokens of the same encoder where it sees context and target together, without gradient;
+targets and what SIGReg sees are centred at every position over the batch, so that a token cannot
+score with what its position tells. SIGReg compares tokens of different images only: see
+`sigreg_between_images`.
 (I-JEPA, arXiv 2301.08243; SIGReg, 2511.08544. docs/ijepa.md has what else was tried.)
 """
 
@@ -82,17 +83,18 @@ class IJEPA(nn.Module):
         video, masks = _inputs(batch, self.masks, step)
         z = _whole(self.encoder(video, keep=masks.context))
         predicted = _whole(self.predictor(z, *masks))
-        prediction = (predicted - self._targets(video, masks.target)).square().mean()
+        prediction = (predicted - self.targets(video, masks)).square().mean()
         tokens = centre_positions(z, masks.context, self.encoder.num_tokens)
         regulariser = sigreg_between_images(self.sigreg, tokens, step)
         terms = {"prediction": prediction.detach(), "sigreg": regulariser.detach()}
         return Output(prediction + self.weight * regulariser, terms, z.detach().mean(1))
 
     @torch.no_grad()
-    def _targets(self, video: Tensor, index: Tensor) -> Float[Tensor, "b m d"]:
-        whole = _whole(self.encoder(video)[:, 0])
-        every = torch.arange(whole.shape[1], device=whole.device).expand(whole.shape[:2])
-        return take_tokens(centre_positions(whole, every, whole.shape[1]), index)
+    def targets(self, video: Float[Tensor, "b 1 c hh ww"], masks: Masks) -> Float[Tensor, "b m d"]:
+        """Return the tokens to predict; the pass computes the tokens of the two masks only."""
+        keep = torch.cat([masks.target, masks.context], 1)
+        z = _whole(self.encoder(video, keep=keep))[:, : masks.target.shape[1]]
+        return centre_positions(z, masks.target, self.encoder.num_tokens)
 
 
 class TeacherIJEPA(nn.Module):
@@ -140,22 +142,26 @@ class TeacherIJEPA(nn.Module):
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of images; in training mode, first follow the student's last step."""
         if self.training and step > 0:
-            self._follow(step - 1)
+            self.follow(step - 1)
         video, masks = _inputs(batch, self.masks, step)
-        with torch.no_grad():
-            targets = take_tokens(_whole(self.encoder(video)[:, 0]), masks.target)
-            targets = F.layer_norm(targets, targets.shape[-1:])
         z = _whole(self.student(video, keep=masks.context))
-        prediction = F.smooth_l1_loss(_whole(self.predictor(z, *masks)), targets)
+        predicted = _whole(self.predictor(z, *masks))
+        prediction = F.smooth_l1_loss(predicted, self.targets(video, masks))
         return Output(prediction, {"prediction": prediction.detach()}, z.detach().mean(1))
 
     @torch.no_grad()
-    def _follow(self, step: int) -> None:
+    def targets(self, video: Float[Tensor, "b 1 c hh ww"], masks: Masks) -> Float[Tensor, "b m d"]:
+        """Return the teacher's layer-normed tokens to predict, of the whole image."""
+        z = take_tokens(_whole(self.encoder(video)[:, 0]), masks.target)
+        return F.layer_norm(z, z.shape[-1:])
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Move the teacher towards the student, as after optimiser step `step`."""
         momentum = self.momentum + (1 - self.momentum) * min(1.0, step / self.steps)
-        teacher, student = (
-            list(cast(nn.Module, part).parameters()) for part in (self.encoder, self.student)
-        )
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        teacher, student = (cast(nn.Module, part) for part in (self.encoder, self.student))
+        for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+            slow.lerp_(fast, 1 - momentum)
 
 
 def centre_positions(
@@ -208,7 +214,7 @@ def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"not the description of I-JEPA: {error!r}") from error
     encoder = parts["encoder"].build("encoder", shape)
-    if not isinstance(encoder, OnGrid):
+    if not (isinstance(encoder, nn.Module) and isinstance(encoder, OnGrid)):
         name = parts["encoder"].name
         raise UserError(f"encoder {name!r} has no `grid` (t, rows, columns) of tokens")
     try:

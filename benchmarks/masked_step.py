@@ -1,0 +1,198 @@
+"""Time and memory of a masked-prediction step: SIGReg against the EMA teacher, part by part.
+
+    python benchmarks/masked_step.py
+
+Encoder, predictor, masks and data are the same; both step an AdamW. Gradients are cut at the
+latents, so that each part's forward and backward pass is timed by itself: context encoder, target
+pass, predictor, SIGReg (with centring), optimiser (with the moving average of the teacher). One CPU
+thread; the two forms take turns and each part keeps its best CPU time. Memory is the peak resident
+size of a step above what lies there before it (Linux).
+"""
+
+import ctypes
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_world.encoders.vit import ViTEncoder
+from jepa_world.masking import Masks, MultiBlockMasks
+from jepa_world.methods.ijepa import (
+    IJEPA,
+    TeacherIJEPA,
+    centre_positions,
+    sigreg_between_images,
+)
+from jepa_world.predictors.masked import MaskedTransformer
+from jepa_world.sigreg import SIGReg
+
+ROUNDS = 5
+PARTS = ("masks", "context", "target", "predictor", "SIGReg", "optimiser")
+
+
+class Recipe(NamedTuple):
+    """Sizes of a run."""
+
+    name: str
+    image: int
+    batch: int
+    encoder: dict[str, int]
+    predictor: dict[str, int]
+    slices: int
+
+
+RECIPES = (
+    Recipe(
+        "tiny recipe: 28 px, patch 4, ViT 3 x 64, predictor 2 x 32, batch 128",
+        28,
+        128,
+        {"patch": 4, "dim": 64, "depth": 3, "heads": 2},
+        {"width": 32, "depth": 2, "heads": 1},
+        64,
+    ),
+    Recipe(
+        "ViT-S/16 at 224 px, predictor 6 x 384, batch 8",
+        224,
+        8,
+        {"patch": 16, "dim": 384, "depth": 12, "heads": 6},
+        {"width": 384, "depth": 6, "heads": 12},
+        256,
+    ),
+)
+
+
+class Clock:
+    """CPU seconds between marks, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.last = time.process_time()
+
+    def mark(self, part: str) -> None:
+        """Add the time since the last mark to a part."""
+        now = time.process_time()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+
+def step_with_sigreg(
+    method: IJEPA, optimizer: torch.optim.Optimizer, video: Tensor, step: int
+) -> dict[str, float]:
+    clock = Clock()
+    masks = method.masks(torch.arange(len(video)), step)
+    clock.mark("masks")
+    z = method.encoder(video, keep=masks.context)
+    clock.mark("context")
+    targets = method.targets(video, masks)
+    clock.mark("target")
+    cut = z.detach().requires_grad_()
+    (method.predictor(cut, *masks) - targets).square().mean().backward()
+    clock.mark("predictor")
+    tokens = centre_positions(cut, masks.context, method.encoder.num_tokens)
+    (method.weight * sigreg_between_images(method.sigreg, tokens, step)).backward()
+    clock.mark("SIGReg")
+    z.backward(cut.grad)
+    clock.mark("context")
+    optimizer.step()
+    optimizer.zero_grad()
+    clock.mark("optimiser")
+    return clock.seconds
+
+
+def step_with_teacher(
+    method: TeacherIJEPA, optimizer: torch.optim.Optimizer, video: Tensor, step: int
+) -> dict[str, float]:
+    clock = Clock()
+    masks: Masks = method.masks(torch.arange(len(video)), step)
+    clock.mark("masks")
+    z = method.student(video, keep=masks.context)
+    clock.mark("context")
+    targets = method.targets(video, masks)
+    clock.mark("target")
+    cut = z.detach().requires_grad_()
+    F.smooth_l1_loss(method.predictor(cut, *masks), targets).backward()
+    clock.mark("predictor")
+    z.backward(cut.grad)
+    clock.mark("context")
+    optimizer.step()
+    optimizer.zero_grad()
+    method.follow(step)
+    clock.mark("optimiser")
+    return clock.seconds
+
+
+def make_steps(recipe: Recipe) -> dict[str, Callable[[int], dict[str, float]]]:
+    """Return a step of each form, on networks of its own."""
+    torch.manual_seed(0)
+    video = torch.rand(recipe.batch, 1, 3, recipe.image, recipe.image)
+
+    def parts() -> tuple[ViTEncoder, MaskedTransformer, MultiBlockMasks]:
+        encoder = ViTEncoder(tuple(video.shape[1:]), **recipe.encoder)  # type: ignore[arg-type]
+        predictor = MaskedTransformer(encoder.dim, encoder.grid, **recipe.predictor)
+        return encoder, predictor, MultiBlockMasks(encoder.grid)
+
+    encoder, predictor, masks = parts()
+    ours = IJEPA(encoder, predictor, SIGReg(slices=recipe.slices), masks, weight=10.0)
+    teacher = TeacherIJEPA(*parts(), steps=1000)
+    optimizers = [torch.optim.AdamW(_trained(method)) for method in (ours, teacher)]
+    return {
+        "SIGReg": lambda step: step_with_sigreg(ours, optimizers[0], video, step),
+        "EMA": lambda step: step_with_teacher(teacher, optimizers[1], video, step),
+    }
+
+
+def _trained(method: nn.Module) -> list[nn.Parameter]:
+    return [p for p in method.parameters() if p.requires_grad]
+
+
+def peak_megabytes(run: Callable[[], object]) -> float:
+    if sys.platform != "linux":
+        return math.nan
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 1e6
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def compare(recipe: Recipe) -> None:
+    steps = make_steps(recipe)
+    best = {name: dict.fromkeys(PARTS, math.inf) for name in steps}
+    for number in range(ROUNDS + 1):  # the first warms up
+        for name, run in steps.items():
+            seconds = run(number)
+            if number:
+                best[name] = {part: min(best[name][part], seconds[part]) for part in PARTS}
+    print(f"\n{recipe.name}")
+    print(f"{'CPU ms':8}" + "".join(f"{part:>10}" for part in PARTS) + "      step  peak MB")
+    totals = {name: sum(parts.values()) for name, parts in best.items()}
+    for name, parts in best.items():
+        cells = "".join(f"{parts[part] * 1e3:10.1f}" for part in PARTS)
+        size = peak_megabytes(lambda run=steps[name]: run(ROUNDS + 1))
+        print(f"{name:8}{cells}{totals[name] * 1e3:10.1f}{size:9.0f}", flush=True)
+    print(f"a step with SIGReg takes {totals['SIGReg'] / totals['EMA']:.2f} times one with EMA")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for recipe in RECIPES:
+        compare(recipe)
+
+
+if __name__ == "__main__":
+    main()
