@@ -1,0 +1,284 @@
+"""Labelled images in memory: idx files, folders, tars, and generated shapes with known factors.
+
+    path/train-images-idx3-ubyte[.gz] ...   the files of MNIST and Fashion-MNIST
+    path/CLASS/name.png                     or path/train/CLASS/name.png beside path/test/...
+    path.tar[.gz]                           the same tree in one file
+    shapes                                  generated: the default, nothing is read
+
+A reader returns `(train, test)`. Bytes, channels last; pictures of other sizes are scaled and cut.
+"""
+
+import gzip
+import io
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from jepa_world.registry import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
+SMALLEST = 8  # pixels a side: less is an icon or a mistake
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures of one size and what is known about them.
+
+    Example:
+        >>> images = make_shapes(16, seed=0)
+        >>> images.pixels.shape, sorted(images.classes), sorted(images.values)
+        ((16, 32, 32, 3), ['colour', 'shape', 'texture'], ['position', 'rotation', 'size'])
+    """
+
+    pixels: UInt8[np.ndarray, "n hh ww c"]
+    classes: dict[str, Int[np.ndarray, " n"]] = field(default_factory=dict)
+    """Labels by the name of what they tell: `class` for data sets that have one."""
+    values: dict[str, Float[np.ndarray, "n k"]] = field(default_factory=dict)
+    """Continuous factors by name."""
+    skipped: tuple[str, ...] = ()
+    """Files that could not be read."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, index: Int[np.ndarray, " b"]) -> "Images":
+        """Return some of the images."""
+        classes = {name: labels[index] for name, labels in self.classes.items()}
+        values = {name: factor[index] for name, factor in self.values.items()}
+        return Images(self.pixels[index], classes, values, self.skipped)
+
+
+def load_images(path: Path, *, size: int = 64, damaged: float = 0.01) -> tuple[Images, Images]:
+    """Read the training and the test part of an image data set.
+
+    Args:
+        path: `shapes`, a folder of idx files, a folder or a tar of pictures.
+        size: Side that pictures of folders and tars are brought to; idx files keep theirs.
+        damaged: Largest share of pictures that may be unreadable: they are skipped and named.
+
+    Raises:
+        UserError: nothing there, nothing readable, or too much of it damaged.
+    """
+    if path == Path("shapes") and not path.exists():
+        return make_shapes(6000, seed=0), make_shapes(2000, seed=1)
+    if path.is_dir() and list(path.glob("*-idx3-ubyte*")):
+        return _read_idx_split(path, "train"), _read_idx_split(path, "t10k")
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        named = ((str(file.relative_to(path)), file.read_bytes()) for file in files)
+        return _from_pictures(named, path, size, damaged)
+    if path.is_file():
+        return _from_pictures(_tar_members(path), path, size, damaged)
+    raise UserError(f"no images at {str(path)!r}: give a folder, a tar, or `shapes`")
+
+
+def hold_out(images: Images, *, share: float = 0.05, at_most: int = 5000) -> tuple[Images, Images]:
+    """Split the training part once more, evenly: the test part is untouched until the end."""
+    count = min(at_most, int(share * len(images)))
+    chosen = np.zeros(len(images), bool)
+    chosen[np.linspace(0, len(images) - 1, count).astype(int)] = True
+    return images.take(np.flatnonzero(~chosen)), images.take(np.flatnonzero(chosen))
+
+
+def read_idx(path: Path) -> UInt8[np.ndarray, "..."]:
+    """Read an idx file of bytes, compressed or not (the format of http://yann.lecun.com/exdb/mnist).
+
+    Raises:
+        UserError: the file is missing, is no idx file of bytes, or does not hold what it announces.
+    """
+    name = repr(str(path))
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"idx file {name} cannot be read: {error}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise UserError(
+            f"{name} begins with {content[:4].hex(' ')!r}: idx files begin with 00 00 08"
+        )
+    axes = content[3]
+    shape = struct.unpack_from(f">{axes}I", content.ljust(4 + 4 * axes, b"\0"), 4)
+    held, announced = len(content) - 4 - 4 * axes, int(np.prod(shape, dtype=np.int64))
+    if held != announced:
+        raise UserError(f"{name} announces {announced} bytes {shape} and holds {max(0, held)}")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+
+
+def _read_idx_split(folder: Path, split: str) -> Images:
+    pixels = read_idx(_idx_file(folder, f"{split}-images-idx3-ubyte"))
+    labels = read_idx(_idx_file(folder, f"{split}-labels-idx1-ubyte"))
+    if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels):
+        raise UserError(
+            f"{str(folder)!r}: {split} has images {pixels.shape} and labels {labels.shape}; "
+            "expected (n, rows, columns) and (n)"
+        )
+    return Images(pixels[..., None], {"class": labels.astype(np.int64)})
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{str(folder)!r} holds idx files but no {name} or {name}.gz")
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the pictures of a tar in the order of their names."""
+    try:
+        with tarfile.open(path) as archive:
+            members = [m for m in archive.getmembers() if m.isfile()]
+            for member in sorted(members, key=lambda m: m.name):
+                file = archive.extractfile(member)
+                if PurePosixPath(member.name).suffix.lower() in SUFFIXES and file:
+                    yield member.name, file.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{str(path)!r} cannot be read as a tar of pictures: {error}") from error
+
+
+def _from_pictures(
+    named: Iterator[tuple[str, bytes]], path: Path, size: int, damaged: float
+) -> tuple[Images, Images]:
+    names: list[str] = []
+    pictures: list[UInt8[np.ndarray, "hh ww c"]] = []
+    skipped: list[str] = []
+    for name, content in named:
+        try:
+            pictures.append(_decode(content, size))
+            names.append(name)
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+            skipped.append(f"{name} ({error})")
+    if not names and not skipped:
+        raise UserError(f"no pictures in {str(path)!r}: looked for {' '.join(sorted(SUFFIXES))}")
+    if len(skipped) > damaged * (len(names) + len(skipped)):
+        raise UserError(
+            f"{len(skipped)} of {len(names) + len(skipped)} pictures in {str(path)!r} cannot be "
+            f"used, more than {damaged:.0%}: {', '.join(skipped[:3])}"
+        )
+    return _split(np.stack(pictures), names, tuple(skipped))
+
+
+def _decode(content: bytes, size: int) -> UInt8[np.ndarray, "hh ww c"]:
+    """Return a picture as RGB on white, its middle square scaled to `size` pixels."""
+    with Image.open(io.BytesIO(content)) as image:
+        if min(image.size) < SMALLEST:
+            raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, fewer than {SMALLEST}")
+        image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image)
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    box = (left, top, left + side, top + side)
+    return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.BOX, box))
+
+
+def _split(
+    pixels: UInt8[np.ndarray, "n hh ww c"], names: list[str], skipped: tuple[str, ...]
+) -> tuple[Images, Images]:
+    """Split into train and test: by folders of these names, else every fifth picture of a class."""
+    parts = [PurePosixPath(name.replace("\\", "/")).parts for name in names]
+    parts = [path[1:] if path[0] == "." else path for path in parts]
+    by_folder = {path[0] for path in parts} == {"train", "test"}
+    kinds = [path[-2] if len(path) > 1 + by_folder else "" for path in parts]
+    known, labels = np.unique(kinds, return_inverse=True)
+    if by_folder:
+        test = np.array([path[0] == "test" for path in parts])
+    else:
+        test = np.zeros(len(parts), bool)
+        for label in range(len(known)):
+            test[np.flatnonzero(labels == label)[4::5]] = True
+    classes = {"class": labels.astype(np.int64)} if len(known) > 1 else {}
+    images = Images(pixels, classes, skipped=skipped)
+    return images.take(np.flatnonzero(~test)), images.take(np.flatnonzero(test))
+
+
+SHAPES = ("ellipse", "square", "triangle", "cross", "half disc")
+TEXTURES = ("plain", "stripes", "checks", "dots")
+COLOURS = (
+    *((230, 60, 50), (240, 180, 40), (70, 180, 70)),
+    *((50, 170, 200), (70, 80, 210), (200, 80, 190)),
+)
+
+
+def make_shapes(count: int, *, seed: int, size: int = 32) -> Images:
+    """Draw shapes of known colour, texture, size, rotation and position on noisy grey grounds.
+
+    Classes: `shape`, `texture`, `colour`. Values: `size` (radius, .2 to .4 of the side), `rotation`
+    (radians, within 30 degrees: no shape looks the same turned by that) and `position` (of the
+    centre, row and column, .35 to .65 of the side).
+    """
+    random = np.random.default_rng(seed)
+    classes = {
+        "shape": random.integers(len(SHAPES), size=count),
+        "texture": random.integers(len(TEXTURES), size=count),
+        "colour": random.integers(len(COLOURS), size=count),
+    }
+    values = {
+        "size": _uniform(random, 0.2, 0.4, count, 1),
+        "rotation": _uniform(random, -np.pi / 6, np.pi / 6, count, 1),
+        "position": _uniform(random, 0.35, 0.65, count, 2),
+    }
+    ground = _uniform(random, 0.3, 0.7, count, 1, 1, 1)
+    slope = _uniform(random, -0.3, 0.3, count, 2, 1, 1)
+    y, x = _local_coordinates(values, size)
+    inside = _inside(classes["shape"], y, x)
+    bright = _texture(classes["texture"], y, x)
+    paint = (
+        np.array(COLOURS, np.float32)[classes["colour"]][:, None, None] / 255 * bright[..., None]
+    )
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    ground = ground + (slope[:, 0] * axis[:, None] + slope[:, 1] * axis)[..., None]
+    noise = 0.04 * random.standard_normal((count, size, size, 3), np.float32)
+    picture = np.where(inside[..., None], paint, ground) + noise
+    pixels = np.round(picture.clip(0, 1) * 255).astype(np.uint8)
+    return Images(pixels, classes, values)
+
+
+def _local_coordinates(
+    values: dict[str, Float[np.ndarray, "n k"]], size: int
+) -> tuple[Float[np.ndarray, "n hh ww"], Float[np.ndarray, "n hh ww"]]:
+    """Return every pixel's place (down, right) in units of the radius, in the shape's own frame."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+    radius, angle = (values[name][:, :, None] for name in ("size", "rotation"))
+    row, column = (values["position"][:, axis_, None, None] for axis_ in (0, 1))
+    down, right = (axis[:, None] - row) / radius, (axis - column) / radius
+    cos, sin = np.cos(angle), np.sin(angle)
+    return cos * down - sin * right, sin * down + cos * right
+
+
+def _inside(shape: Int[np.ndarray, " n"], y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Tell which pixels (n hh ww) belong to the shape."""
+    across, along = np.abs(x), np.abs(y)
+    inside = [
+        (x / 0.6) ** 2 + y**2 < 1,
+        np.maximum(across, along) < 0.75,
+        (y < 0.6) & (y > 1.9 * across - 1),
+        (np.minimum(across, along) < 0.3) & (np.maximum(across, along) < 0.95),
+        (x**2 + y**2 < 1) & (y < 0.15),
+    ]
+    return np.choose(shape[:, None, None], inside)
+
+
+def _texture(texture: Int[np.ndarray, " n"], y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return the brightness (n hh ww) of the paint."""
+    waves = np.sin(8 * y), np.sin(8 * x)
+    dark = [
+        np.zeros(y.shape, bool),
+        waves[0] > 0,
+        waves[0] * waves[1] > 0,
+        (waves[0] > 0.2) & (waves[1] > 0.2),
+    ]
+    return np.where(np.choose(texture[:, None, None], dark), np.float32(0.45), np.float32(1))
+
+
+def _uniform(
+    random: np.random.Generator, low: float, high: float, *shape: int
+) -> Float[np.ndarray, "..."]:
+    return low + (high - low) * random.random(shape, np.float32)
