@@ -1,7 +1,18 @@
+import numpy as np
 import pytest
 import torch
 
-from jepa_world.probes import collapse_report, effective_rank
+from jepa_world.encoders.conv import ConvEncoder
+from jepa_world.probes import (
+    collapse_report,
+    effective_rank,
+    few_shot,
+    fit_logistic,
+    image_features,
+    knn_probe,
+    lidar,
+    linear_probe,
+)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -56,3 +67,65 @@ def test_report_takes_narrow_formats_and_leaves_no_graph():
     z = normal(128, 16).bfloat16().requires_grad_()
     report = collapse_report(z)
     assert report["warning"] == "" and z.grad is None
+
+
+def blobs(count, *, classes=4, dim=6, apart=3.0, seed=0):
+    """Return Gaussian blobs around `classes` random centres, and their classes."""
+    centres = apart * torch.randn(classes, dim, generator=torch.Generator().manual_seed(7))
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=random)
+    return centres[labels] + torch.randn(count, dim, generator=random), labels
+
+
+@pytest.mark.parametrize("decay", [1e-3, 1e-1])
+def test_logistic_regression_is_the_one_of_scikit_learn(decay):
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = blobs(500, apart=0.7)
+    x = x @ normal(6, 6)  # correlated
+    theirs = LogisticRegression(C=1 / (decay * len(x)), tol=1e-8, max_iter=5000).fit(x, y)
+    expected = torch.from_numpy(theirs.predict_proba(x)).float()
+    weights = fit_logistic(x, y, decay=decay)
+    found = torch.softmax(x @ weights[:-1] + weights[-1], 1)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+
+
+def test_probes_read_separable_classes_whatever_the_scale_of_the_features():
+    scales = torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0, 0.0])
+    (fit_z, fit_y), (z, y) = blobs(400), blobs(300, seed=1)
+    for probe in (linear_probe, knn_probe):
+        assert (probe(fit_z, fit_y, z) == y).float().mean() > 0.95
+    assert (linear_probe(fit_z * scales, fit_y, z * scales) == y).float().mean() > 0.9
+
+
+def test_nearest_neighbours_vote_and_the_nearer_ones_win_a_tie():
+    fit_z = torch.tensor([[1.0, 0.1], [1.0, 0.4], [-1.0, 0.2], [0.1, 1.0], [-1.1, -1.7]])
+    fit_y = torch.tensor([0, 0, 1, 1, 2])  # the mean is zero
+    z = torch.tensor([[2.0, 0.4], [-3.0, 0.5]])
+    assert knn_probe(fit_z, fit_y, z, k=1).tolist() == [0, 1]
+    assert knn_probe(fit_z, fit_y, z, k=2, block=1).tolist() == [0, 1]
+    assert knn_probe(fit_z, fit_y, z, k=99).shape == (2,)
+
+
+def test_few_shots_are_drawn_anew_and_more_of_them_tell_more():
+    (fit_z, fit_y), (z, y) = blobs(400, apart=1.0), blobs(300, apart=1.0, seed=1)
+    one, ten = (few_shot(fit_z, fit_y, z, y, shots=shots, draws=5) for shots in (1, 10))
+    assert len(set(one)) > 1 and sum(ten) > sum(one)
+    assert one == few_shot(fit_z, fit_y, z, y, shots=1, draws=5)
+
+
+def test_lidar_counts_the_directions_that_tell_images_apart():
+    means, noise = normal(300, 1, 8) * torch.tensor([1.0] * 5 + [0.0] * 3), normal(300, 10, 8)
+    assert lidar(means + 0.1 * noise) == pytest.approx(5, abs=0.2)
+    assert lidar(means.expand(-1, 10, -1)[..., :5]) == pytest.approx(5, abs=0.2)
+    turn = torch.linalg.qr(normal(8, 8)).Q
+    spread = noise * torch.linspace(0.1, 2, 8)
+    assert lidar((means + spread) @ turn) == pytest.approx(lidar(means + spread), rel=1e-3)
+
+
+def test_features_of_images_do_not_depend_on_the_batch_they_are_read_in():
+    encoder = ConvEncoder((1, 1, 16, 24), dim=8, width=4, stages=2).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 16, 24, 1), np.uint8)
+    z = image_features(encoder, pixels)
+    assert z.shape == (7, 8)
+    torch.testing.assert_close(image_features(encoder, pixels, batch_size=3), z)
