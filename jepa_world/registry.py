@@ -9,6 +9,7 @@ from types import ModuleType
 PARTS: dict[str, dict[str, str]] = {
     "encoder": {
         "conv": "jepa_world.encoders.conv:ConvEncoder",
+        "resnet": "jepa_world.encoders.resnet:ResNetEncoder",
         "vit": "jepa_world.encoders.vit:ViTEncoder",
         "vit_pooled": "jepa_world.encoders.vit:PooledViTEncoder",
     },
