@@ -13,8 +13,10 @@ from jepa_world.registry import UserError, did_you_mean
 COMMANDS = {
     "collect": "Collect",
     "train_world_model": "TrainWorldModel",
+    "train_lejepa": "TrainLejepa",
     "plan": "Plan",
     "evaluate": "Evaluate",
+    "probe": "Probe",
 }
 
 
@@ -29,6 +31,8 @@ def main(command: str | None = None) -> None:
         if command is None:
             command, *arguments = arguments or ["--help"]
             command = _known(command)
+        if command == "evaluate" and "--probe" in arguments:  # frozen features instead of planning
+            command, arguments = "probe", [word for word in arguments if word != "--probe"]
         module = importlib.import_module(f"jepa_world.commands.{command}")
         module.run(parse(vars(module)[COMMANDS[command]], arguments, program=command))
     except UserError as error:

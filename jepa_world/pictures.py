@@ -1,0 +1,62 @@
+"""Pictures of features: what patch tokens tell apart, and which images lie near each other."""
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def token_picture(
+    pixels: UInt8[np.ndarray, "n hh ww c"], tokens: Float[Tensor, "n rows columns d"]
+) -> Figure:
+    """Draw images above their patch tokens: three principal components as red, green and blue.
+
+    The components are those of all tokens of all images together.
+    """
+    flat = rearrange(tokens, "n y x d -> (n y x) d").float()
+    flat = flat - flat.mean(0)
+    *_, directions = torch.linalg.svd(flat, full_matrices=False)
+    colours = flat @ directions[:3].T
+    low, high = colours.quantile(0.02, 0), colours.quantile(0.98, 0)
+    shown = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    maps = shown.view(*tokens.shape[:3], -1).cpu().numpy()
+    figure = Figure(figsize=(1.2 * len(pixels), 2.5), layout="constrained")
+    axes = figure.subplots(2, len(pixels), squeeze=False)
+    for column, (picture, colour) in enumerate(zip(pixels, maps, strict=True)):
+        _show(axes[0, column], picture)
+        axes[1, column].imshow(colour)
+        axes[1, column].axis("off")
+    return figure
+
+
+def neighbour_picture(
+    queries: UInt8[np.ndarray, "q hh ww c"],
+    query_z: Float[Tensor, "q d"],
+    pixels: UInt8[np.ndarray, "n hh ww c"],
+    z: Float[Tensor, "n d"],
+    *,
+    neighbours: int = 8,
+) -> Figure:
+    """Draw every query and the images with the most similar features, by cosine, in a row."""
+    centre = z.mean(0)
+    unit, query = (
+        torch.nn.functional.normalize(features - centre, dim=1) for features in (z, query_z)
+    )
+    nearest = (query @ unit.T).topk(neighbours, 1).indices.cpu().numpy()
+    size = (1.0 * (neighbours + 1), 1.05 * len(queries))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(queries), neighbours + 1, squeeze=False)
+    for row, picture, index in zip(axes, queries, nearest, strict=True):
+        for axis, shown in zip(row, [picture, *pixels[index]], strict=True):
+            _show(axis, shown)
+    axes[0, 0].set_title("query", fontsize=9)
+    axes[0, 1].set_title("nearest", fontsize=9)
+    return figure
+
+
+def _show(axis: object, picture: UInt8[np.ndarray, "hh ww c"]) -> None:
+    grey = picture.shape[2] == 1
+    axis.imshow(picture[..., 0] if grey else picture, cmap="gray" if grey else None)  # type: ignore[attr-defined]
+    axis.axis("off")  # type: ignore[attr-defined]
