@@ -118,14 +118,8 @@ def test_any_encoder_of_images_gets_gradients_everywhere(encoder):
 
 
 @pytest.mark.parametrize("options", [{}, {"width": 4, "stages": 2, "blocks": 2}])
-def test_resnet_keeps_its_contract_and_hardly_sees_where_things_are(options):
-    torch.manual_seed(0)
-    encoder = ResNetEncoder((1, 3, 32, 32), **options)
-    check_encoder(encoder, (1, 3, 32, 32))
-    video = torch.zeros(1, 1, 3, 32, 32)
-    video[..., 8:16, 8:16] = 1.0
-    moved = encoder.eval()(video.roll(8, -1))
-    assert (moved - encoder(video)).norm() < 0.2 * moved.norm()
+def test_resnet_keeps_its_contract(options):
+    check_encoder(ResNetEncoder((1, 3, 32, 32), **options), (1, 3, 32, 32))
 
 
 def test_a_run_trains_probes_and_leaves_a_model_that_loads(call, data, tmp_path):
