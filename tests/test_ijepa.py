@@ -1,8 +1,13 @@
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from jepa_world.checkpoint import load_weights
+from jepa_world.config import read_yaml
+from jepa_world.data.images import make_shapes
 from jepa_world.encoders.vit import ViTEncoder
 from jepa_world.masking import MultiBlockMasks
 from jepa_world.methods.ijepa import (
@@ -20,7 +25,7 @@ DESCRIPTION = {
     "observation_shape": [1, 3, 16, 16],
     "encoder": {"name": "vit", "patch": 4, "dim": 32, "depth": 1, "heads": 2},
     "masked_predictor": {"name": "transformer", "width": 16, "depth": 1, "heads": 1},
-    "masks": {"context": 0.3, "target": 0.5, "blocks": [0.15, 0.2]},
+    "masks": {"context": 0.3, "target": 0.5},
     "teacher": None,
     "sigreg": {"slices": 32, "seed": 0, "weight": 10.0},
 }
@@ -167,8 +172,8 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
     ("change", "message"),
     [
         ({"encoder": {"name": "conv", "stages": 2}}, "encoder 'conv' has no `grid`"),
-        ({"masks": {"context": 0.9, "target": 0.5}}, "not the description of I-JEPA: .*blocks"),
-        ({"masks": DESCRIPTION["masks"] | {"context": 0.9}}, "each needs one, and together"),
+        ({"masks": {"context": 0.9}}, "not the description of I-JEPA: .*target"),
+        ({"masks": {"context": 0.9, "target": 0.5}}, "each needs one, and together"),
         ({"teacher": {}}, "not the description of I-JEPA: .*momentum"),
     ],
 )
@@ -190,3 +195,53 @@ def test_a_masked_predictor_tells_positions_apart_and_no_order():
 
 def test_a_teacher_is_built_where_the_description_has_one():
     assert isinstance(built(TEACHER), TeacherIJEPA) and isinstance(built(DESCRIPTION), IJEPA)
+
+
+TINY = (
+    *("--encoder.dim", 16, "--encoder.depth", 1, "--encoder.patch", 8),
+    *("--masked-predictor.width", 16, "--masked-predictor.depth", 1),
+    *("--steps", 4, "--batch-size", 16, "--log-every", 2, "--checkpoint-every", 2),
+    *("--precision", "no"),
+)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of pictures of two classes."""
+    from PIL import Image
+
+    for number, pixels in enumerate(make_shapes(60, seed=0).pixels):
+        file = tmp_path / "pictures" / f"{number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("teacher", ["none", "ema"])
+def test_a_run_trains_probes_and_leaves_a_model_that_loads(teacher, call, pictures, tmp_path):
+    words = (*TINY, "--teacher", teacher, "--data", pictures, "--image-size", 32, "--run-dir")
+    ended = call("train_ijepa", *words, tmp_path / "straight")
+    assert ended.code == 0 and "linear class: " in ended.stdout, ended.stderr
+    results = json.loads((tmp_path / "straight" / "results.json").read_text())
+    assert results["probe"].keys() == {"trained", "random"} and "prediction" in results
+    description = read_yaml(tmp_path / "straight" / "checkpoint" / "config.yaml")
+    method = build_ijepa(description)
+    load_weights(method, tmp_path / "straight" / "checkpoint" / "model.safetensors")
+    assert isinstance(method, TeacherIJEPA) == (teacher == "ema")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--masks", 0.8, 0.5), "each needs one, and together at most 16"),
+        (("--encoder", "conv"), "encoder 'conv' has no `grid`"),
+        (("--momentum", 1.5), "--momentum is 1.5: give a number in"),
+        (("--encoder.patch", 5), "does not divide into patches"),
+        (("--masked-predictor.heads", 3), "does not divide into 3 heads"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(words, message, call, pictures, tmp_path):
+    tiny = TINY[6:] if words[0] == "--encoder" else TINY  # without the options of `vit`
+    line = (*tiny, *words, "--data", pictures, "--image-size", 32, "--run-dir", tmp_path / "run")
+    assert message in call("train_ijepa", *line).complaint()
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ COMMANDS = {
     "collect": "Collect",
     "train_world_model": "TrainWorldModel",
     "train_lejepa": "TrainLejepa",
+    "train_ijepa": "TrainIjepa",
     "plan": "Plan",
     "evaluate": "Evaluate",
     "probe": "Probe",

@@ -205,9 +205,7 @@ def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
         parts = {
             kind: part_from_dict(description[kind]) for kind in ("encoder", "masked_predictor")
         }
-        (context, target, blocks) = (
-            description["masks"][key] for key in ("context", "target", "blocks")
-        )
+        context, target = (float(description["masks"][key]) for key in ("context", "target"))
         slices, seed, weight = (description["sigreg"][key] for key in ("slices", "seed", "weight"))
         teacher = description["teacher"]
         momentum, steps = (teacher["momentum"], teacher["steps"]) if teacher is not None else (0, 0)
@@ -218,9 +216,7 @@ def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
         name = parts["encoder"].name
         raise UserError(f"encoder {name!r} has no `grid` (t, rows, columns) of tokens")
     try:
-        masks = MultiBlockMasks(
-            encoder.grid, context=context, target=target, scale=tuple(blocks), seed=seed
-        )
+        masks = MultiBlockMasks(encoder.grid, context=context, target=target, seed=seed)
     except ValueError as error:
         raise UserError(str(error)) from error
     predictor = parts["masked_predictor"].build("masked_predictor", encoder.dim, encoder.grid)
