@@ -12,6 +12,8 @@ PARTS: dict[str, dict[str, str]] = {
         "resnet": "jepa_world.encoders.resnet:ResNetEncoder",
         "vit": "jepa_world.encoders.vit:ViTEncoder",
         "vit_pooled": "jepa_world.encoders.vit:PooledViTEncoder",
+        "transformers": "jepa_world.encoders.foreign:TransformersEncoder",
+        "timm": "jepa_world.encoders.foreign:TimmEncoder",
     },
     "predictor": {
         "mlp": "jepa_world.predictors.mlp:MLPPredictor",
