@@ -46,9 +46,9 @@ class TrainIjepa:
     """Of the moving average at the first step; rises to 1. For --teacher ema."""
     sigreg_weight: float = 10.0
     """Weight of SIGReg, without its factor N, against the prediction error."""
-    steps: int = 1500
+    steps: int = 1000
     """Optimiser steps."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images in a step, over all processes."""
     lr: float = 1e-3
     """Largest learning rate of AdamW."""
