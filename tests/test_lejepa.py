@@ -23,7 +23,7 @@ from jepa_world.training import make_accelerator, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
-    *("--encoder.width", "4", "--encoder.stages", "3", "--encoder.dim", "16"),
+    *("--encoder.width", "4", "--encoder.stages", "3", "--views", "2", "1"),
     *("--steps", "4", "--batch-size", "16", "--log-every", "2", "--checkpoint-every", "2"),
     *("--precision", "no", "--projection", "8"),
 )
@@ -106,7 +106,7 @@ def test_sigreg_alone_keeps_the_projections_from_collapsing(weight):
     "encoder",
     [
         ConvEncoder((1, 3, 32, 32), dim=16, width=4, stages=3),
-        ResNetEncoder((1, 3, 32, 32), width=8, stages=2),
+        ResNetEncoder((1, 3, 32, 32), width=16, stages=2),
         ViTEncoder((1, 3, 32, 32), dim=32, depth=1, heads=2),
     ],
     ids=["conv", "resnet", "vit"],
@@ -117,7 +117,7 @@ def test_any_encoder_of_images_gets_gradients_everywhere(encoder):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"width": 4, "stages": 2, "blocks": 2}])
+@pytest.mark.parametrize("options", [{}, {"width": 16, "stages": 2, "blocks": 2}])
 def test_resnet_keeps_its_contract(options):
     check_encoder(ResNetEncoder((1, 3, 32, 32), **options), (1, 3, 32, 32))
 

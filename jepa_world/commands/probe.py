@@ -52,7 +52,7 @@ class Probe:
     """Side in pixels that pictures of folders and tars are brought to."""
     checkpoint: tuple[Path, ...] = ()
     """Run folders of trained encoders, of any method."""
-    encoder: Part = Part("conv", {"dim": 128, "width": 16})
+    encoder: Part = Part("resnet", {"width": 16})
     """Encoder of the random and the supervised row, where no checkpoint names one."""
     validation: bool = False
     """Judge on images held out of the training part, and leave the test part untouched."""

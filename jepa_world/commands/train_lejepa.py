@@ -35,20 +35,20 @@ class TrainLejepa:
     """`shapes` (generated), a folder of idx files, or a folder or tar of pictures."""
     image_size: int = 64
     """Side in pixels that pictures of folders and tars are brought to."""
-    encoder: Part = Part("conv", {"dim": 128, "width": 16})
+    encoder: Part = Part("resnet", {"width": 16})
     """Maps images to features."""
     projection: int = 64
     """Width of the projections that are compared and tested."""
-    views: tuple[int, int] = (2, 2)
+    views: tuple[int, int] = (2, 0)
     """Global and local views of an image."""
-    crops: tuple[float, float, float] = (0.1, 0.3, 1.0)
+    crops: tuple[float, float, float] = (0.1, 0.4, 1.0)
     """Share of the image that a crop keeps: local ones from the first to the second number, global
     ones from the second to the third."""
-    colour: float = 0.0
+    colour: float = 0.5
     """Strength of jitter, greying, blur and solarising; 1 is the recipe for photographs."""
     sigreg_weight: float = 0.05
     """Weight of SIGReg; the agreement of the views has what is left to 1."""
-    steps: int = 600
+    steps: int = 300
     """Optimiser steps."""
     batch_size: int = 128
     """Images in a step, over all processes."""
