@@ -22,7 +22,8 @@ class ResNetEncoder(nn.Module):
         blocks: Basic blocks in a stage.
 
     Raises:
-        ValueError: the frame is smaller than 2^stages pixels.
+        ValueError: the frame is smaller than 2^stages pixels, or width is less than 16 (with so
+            few channels the convolutions of torch 2.13 can crash on several CPU threads).
 
     Example:
         >>> import torch
@@ -45,6 +46,10 @@ class ResNetEncoder(nn.Module):
             raise ValueError(
                 f"a frame of {rows} x {columns} pixels is too small for {stages} halvings; "
                 f"use at least {2**stages} pixels or fewer stages"
+            )
+        if width < 16:
+            raise ValueError(
+                f"width {width} is no multiple of 16: with fewer channels torch can crash"
             )
         self.stem = _Convolution(channels, width, stride=2)
         layers: list[nn.Module] = []

@@ -8,9 +8,10 @@ for bit, and the samples of a step do not depend on the number of processes.
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,34 @@ Read = Callable[[Int[np.ndarray, " b"]], dict[str, Tensor]]
 """Return the batch of these samples."""
 Evaluate = Callable[[], dict[str, float]]
 """Return what is measured on held-out data beside the losses."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The flags all training commands share; each gives its own defaults and adds to them."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Samples in a step, over all processes."""
+    lr: float = 1e-3
+    """Largest learning rate of AdamW."""
+    weight_decay: float = 1e-2
+    """Weight decay of AdamW, on matrices and kernels."""
+    seed: int = 0
+    """Of weights, batches, slices and all else that is random."""
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Mixed precision of the networks; SIGReg and the loss are float32."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints and measurements on held-out data."""
+    log_with: str = "none"
+    """A tracker of Accelerate's: tensorboard, wandb, ..."""
+    run_dir: Path | None = None
+    """Where everything is left; default runs/<command>-<time>."""
+    resume: bool = False
+    """Continue the run in --run-dir exactly where its last checkpoint is."""
 
 
 def train(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the fastest for nets this small
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {

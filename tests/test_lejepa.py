@@ -23,7 +23,7 @@ from jepa_world.training import make_accelerator, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
-    *("--encoder.width", "4", "--encoder.stages", "3", "--views", "2", "1"),
+    *("--encoder.width", "16", "--encoder.stages", "3", "--views", "2", "1"),
     *("--steps", "4", "--batch-size", "16", "--log-every", "2", "--checkpoint-every", "2"),
     *("--precision", "no", "--projection", "8"),
 )
@@ -133,7 +133,7 @@ def test_a_run_trains_probes_and_leaves_a_model_that_loads(call, data, tmp_path)
     model = build_lejepa(description)
     load_weights(model, tmp_path / "run" / "checkpoint" / "model.safetensors")
     z = image_features(model.eval().encoder, make_shapes(10, seed=0).pixels, batch_size=3)
-    assert z.shape == (10, 16) and z.isfinite().all()
+    assert z.shape == (10, 64) and z.isfinite().all()
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):

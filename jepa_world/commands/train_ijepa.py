@@ -20,11 +20,11 @@ from jepa_world.methods.ijepa import IJEPA, TeacherIJEPA, build_ijepa
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.testing import check_encoder
-from jepa_world.training import make_accelerator, own_share, train
+from jepa_world.training import Training, make_accelerator, own_share, train
 
 
 @dataclass(frozen=True)
-class TrainIjepa:
+class TrainIjepa(Training):
     """Train an encoder on images without labels: error of hidden tokens + weight * SIGReg.
 
     Without arguments: generated shapes, and what the features then tell of each factor.
@@ -47,27 +47,9 @@ class TrainIjepa:
     sigreg_weight: float = 10.0
     """Weight of SIGReg, without its factor N, against the prediction error."""
     steps: int = 1000
-    """Optimiser steps."""
     batch_size: int = 64
-    """Images in a step, over all processes."""
     lr: float = 1e-3
-    """Largest learning rate of AdamW."""
     weight_decay: float = 5e-2
-    """Weight decay of AdamW, on matrices and kernels."""
-    seed: int = 0
-    """Of weights, batches, masks and slices."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Mixed precision of the networks; SIGReg and the loss are float32."""
-    log_every: int = 50
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints and probes of images held out of the training part."""
-    log_with: str = "none"
-    """A tracker of Accelerate's: tensorboard, wandb, ..."""
-    run_dir: Path | None = None
-    """Where everything is left; default runs/train_ijepa-<time>."""
-    resume: bool = False
-    """Continue the run in --run-dir exactly where its last checkpoint is."""
 
 
 def run(config: TrainIjepa) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from jepa_world.probes import image_features, knn_probe, linear_probe, linear_pr
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.testing import check_encoder
-from jepa_world.training import make_accelerator, own_share, train
+from jepa_world.training import Training, make_accelerator, own_share, train
 
 
 @dataclass(frozen=True)
-class TrainLejepa:
+class TrainLejepa(Training):
     """Train an encoder on images without labels: agreement of views + weight * SIGReg.
 
     Without arguments: generated shapes, and what the features then tell of each factor.
@@ -49,27 +49,9 @@ class TrainLejepa:
     sigreg_weight: float = 0.05
     """Weight of SIGReg; the agreement of the views has what is left to 1."""
     steps: int = 300
-    """Optimiser steps."""
     batch_size: int = 128
-    """Images in a step, over all processes."""
     lr: float = 2e-3
-    """Largest learning rate of AdamW."""
     weight_decay: float = 5e-2
-    """Weight decay of AdamW, on matrices and kernels."""
-    seed: int = 0
-    """Of weights, batches, views and slices."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Mixed precision of the networks; SIGReg and the loss are float32."""
-    log_every: int = 50
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints and probes of images held out of the training part."""
-    log_with: str = "none"
-    """A tracker of Accelerate's: tensorboard, wandb, ..."""
-    run_dir: Path | None = None
-    """Where everything is left; default runs/train_lejepa-<time>."""
-    resume: bool = False
-    """Continue the run in --run-dir exactly where its last checkpoint is."""
 
 
 def run(config: TrainLejepa) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.sigreg import SIGReg
 from jepa_world.testing import check_encoder, check_predictor
-from jepa_world.training import make_accelerator, own_share, train
+from jepa_world.training import Training, make_accelerator, own_share, train
 
 
 @dataclass(frozen=True)
-class TrainWorldModel:
+class TrainWorldModel(Training):
     """Train an encoder and a predictor end to end: next-latent error + weight * SIGReg.
 
     Without arguments: collect `reach` into data/reach if it is not there, and train on it.
@@ -46,27 +46,9 @@ class TrainWorldModel:
     slices: int = 256
     """Random directions that SIGReg tests at every step."""
     steps: int = 2500
-    """Optimiser steps."""
     batch_size: int = 64
-    """Windows in a step, over all processes."""
     lr: float = 2e-3
-    """Largest learning rate of AdamW."""
     weight_decay: float = 1e-3
-    """Weight decay of AdamW, on matrices and kernels."""
-    seed: int = 0
-    """Of weights, batches and slices."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Mixed precision of the networks; SIGReg and the loss are float32."""
-    log_every: int = 50
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints and measurements on held-out episodes."""
-    log_with: str = "none"
-    """A tracker of Accelerate's: tensorboard, wandb, ..."""
-    run_dir: Path | None = None
-    """Where everything is left; default runs/train_world_model-<time>."""
-    resume: bool = False
-    """Continue the run in --run-dir exactly where its last checkpoint is."""
 
 
 def run(config: TrainWorldModel) -> None:
