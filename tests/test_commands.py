@@ -375,7 +375,7 @@ def test_no_configuration_has_a_field_that_nobody_reads():
     from jepa_world.commands.train_world_model import TrainWorldModel
 
     for config in (Collect, Evaluate, Plan, TrainWorldModel):
-        files = {f"{name.__module__.rpartition('.')[2]}.py" for name in config.__mro__[:-1]}
-        text = "".join((ROOT / "jepa_world" / "commands" / name).read_text() for name in files)
+        modules = {base.__module__.replace(".", "/") for base in config.__mro__[:-1]}
+        text = "".join((ROOT / f"{module}.py").read_text() for module in modules)
         for item in dataclasses.fields(config):
             assert re.search(rf"\bconfig\.{item.name}\b|\"{item.name}\"", text), item.name
