@@ -253,8 +253,8 @@ def main() -> None:
         tokens = [tokens_of(encoder, images[part]) for part in (fit, held)]
         image, position = shares(tokens[0][:2000])
         note = f"{steps} steps; variance by image {image:.2f}, position {position:.2f}"
-        pooled_tokens = [part.mean(1) for part in tokens]
-        judge(name, *pooled_tokens, labels[fit], labels[held], note)
+        fit_z, held_z = (part.mean(1) for part in tokens)
+        judge(name, fit_z, held_z, labels[fit], labels[held], note)
 
 
 if __name__ == "__main__":

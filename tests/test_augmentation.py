@@ -21,7 +21,7 @@ def images(count=6, channels=3, height=16, width=16):
 def test_a_crop_of_everything_changes_nothing_and_a_flip_mirrors():
     x = images()
     torch.testing.assert_close(Augmentation(**WHOLE)(x, uniform(6)), x)
-    flipped = Augmentation(**WHOLE | {"flip": 1.0})(x, uniform(6))
+    flipped = Augmentation(**{**WHOLE, "flip": 1.0})(x, uniform(6))
     torch.testing.assert_close(flipped, x.flip(3))
 
 
