@@ -28,9 +28,12 @@ from jepa_world.checkpoint import (
     load_tensors,
     save_tensors,
     write_atomically,
+    write_yaml,
 )
+from jepa_world.config import read_yaml
 from jepa_world.probes import collapse_report
 from jepa_world.registry import UserError, did_you_mean
+from jepa_world.runs import Run
 
 Read = Callable[[Int[np.ndarray, " b"]], dict[str, Tensor]]
 """Return the batch of these samples."""
@@ -70,17 +73,10 @@ def train(
     method: nn.Module,
     read: Read,
     num_samples: int,
+    config: Training,
     *,
     accelerator: Accelerator,
     run_dir: Path,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
-    seed: int,
-    resume: bool,
-    log_every: int,
-    checkpoint_every: int,
     evaluate: Evaluate | None = None,
 ) -> dict[str, float]:
     """Train a method, a module `(batch, step) -> Output`, and leave its checkpoint in `run_dir`.
@@ -88,18 +84,12 @@ def train(
     Args:
         method: Returns `(loss, terms, latent)`; see `methods.world_model.Output`.
         read: Gives the batch of a list of samples; every process reads its own share.
-        num_samples: Each is seen once an epoch, in an order drawn from `seed`.
+        num_samples: Each is seen once an epoch, in an order drawn from the seed.
+        config: How long, how fast, how often: the shared flags. The learning rate rises over the
+            first 5 % of the steps and falls to lr / 1000; biases and gains have no weight decay.
         accelerator: Of this process.
-        run_dir: Receives `metrics.jsonl` and `checkpoint/`.
-        steps: Optimiser steps in all; the learning rate falls to lr / 1000 by then.
-        batch_size: Over all processes; each gets an equal share.
-        lr: Largest learning rate of AdamW, after a warm-up of 5 % of the steps.
-        weight_decay: On matrices and kernels; biases and gains have none.
-        seed: Of everything random.
-        resume: Continue from the checkpoint in `run_dir`, if there is one yet.
-        log_every: Steps between two lines of the log.
-        checkpoint_every: Steps between two checkpoints; `evaluate` runs there too.
-        evaluate: Runs on all processes, in evaluation mode.
+        run_dir: Receives `metrics.jsonl` and `checkpoint/`; resumed from, if asked.
+        evaluate: Runs on all processes, in evaluation mode, before a checkpoint.
 
     Returns:
         The last line of the log.
@@ -107,17 +97,17 @@ def train(
     Raises:
         UserError: the batch does not divide, the loss is not finite, the checkpoint does not fit.
     """
-    share = own_share(batch_size, num_samples, accelerator)
+    share = own_share(config.batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
-    optimizer = AdamW(_parameter_groups(method, weight_decay), lr=lr)
-    first = _load_training(run_dir, method, optimizer, accelerator) if resume else 0
+    optimizer = AdamW(_parameter_groups(method, config.weight_decay), lr=config.lr)
+    first = _load_training(run_dir, method, optimizer, accelerator) if config.resume else 0
     model, prepared = accelerator.prepare(method, optimizer)
     log = _Log(run_dir, first, accelerator)
-    for step in _progress(first, steps, accelerator):
-        set_seed(_step_seed(seed, step))
+    for step in _progress(first, config.steps, accelerator):
+        set_seed(_step_seed(config.seed, step))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
-        batch = read(batch_index(num_samples, batch_size, seed, step)[share])
+            group["lr"] = learning_rate(step, config.steps, config.lr)
+        batch = read(batch_index(num_samples, config.batch_size, config.seed, step)[share])
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         try:
             loss, terms, latent = model(batch, step)
@@ -130,13 +120,13 @@ def train(
         prepared.step()
         prepared.zero_grad()
 
-        done, last = step + 1, step + 1 == steps
-        if done % log_every == 0 or last:
+        done, last = step + 1, step + 1 == config.steps
+        if done % config.log_every == 0 or last:
             log.add({"loss": loss, **terms, "gradient_norm": norm}, latent)
-        if done % checkpoint_every == 0 or last:
+        if done % config.checkpoint_every == 0 or last:
             log.measure(_in_evaluation_mode(method, evaluate))
-        log.write(done, learning_rate(step, steps, lr))
-        if (done % checkpoint_every == 0 or last) and accelerator.is_main_process:
+        log.write(done, learning_rate(step, config.steps, config.lr))
+        if (done % config.checkpoint_every == 0 or last) and accelerator.is_main_process:
             _save_training(run_dir, method, optimizer, accelerator, done)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -177,6 +167,40 @@ def batch_index(num_samples: int, batch_size: int, seed: int, step: int) -> Int[
     epochs = position // num_samples
     index = [_shuffled(num_samples, seed, int(epoch)) for epoch in np.unique(epochs)]
     return np.concatenate(index)[position - epochs[0] * num_samples]
+
+
+def begin(
+    made: Run,
+    config: Training,
+    description: dict[str, Any],
+    num_samples: int,
+    accelerator: Accelerator,
+) -> None:
+    """Open the folder of a run and leave the model's description in it, or check what is there.
+
+    Raises:
+        UserError: before anything is overwritten: the batch does not divide, the run to resume
+            trains another model, or the folder is taken.
+    """
+    own_share(config.batch_size, num_samples, accelerator)
+    if config.resume:
+        _check_same_model(made.folder, description)
+    if accelerator.is_main_process:
+        made.open(config, resume=config.resume)
+        write_yaml(made.folder / "checkpoint" / "config.yaml", description)
+    accelerator.wait_for_everyone()
+
+
+def _check_same_model(folder: Path, description: dict[str, Any]) -> None:
+    """Check that the run to resume trains this model."""
+    saved = folder / "checkpoint" / "config.yaml"
+    known = read_yaml(saved) if saved.is_file() else description
+    for key in description.keys() - {"jepa_world"}:
+        if known.get(key) != description[key]:
+            raise UserError(
+                f"{str(folder)!r} holds a model with {key} {known.get(key)!r}, not "
+                f"{description[key]!r}: resume it as it was, or name another --run-dir"
+            )
 
 
 def own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> slice:

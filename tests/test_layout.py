@@ -24,7 +24,7 @@ MAY_IMPORT = {  # room -> rooms of ours
     "data": {"data"},
     "methods": {"methods", "nn", "sigreg", "masking", "losses", "checkpoint", "data"},
     "runs": {"checkpoint"},
-    "training": {"checkpoint", "probes", "methods", "nn"},
+    "training": {"checkpoint", "probes", "methods", "nn", "runs"},
     "agent": {"methods"},
     "evaluation": {"agent", "methods"},
     "report": {"agent", "evaluation", "methods", "data"},

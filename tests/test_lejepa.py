@@ -19,7 +19,7 @@ from jepa_world.methods.lejepa import LeJEPA, build_lejepa
 from jepa_world.probes import image_features
 from jepa_world.sigreg import SIGReg
 from jepa_world.testing import check_encoder
-from jepa_world.training import make_accelerator, train
+from jepa_world.training import Training, make_accelerator, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -146,18 +146,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
             next(steps)
             return {"pixels": pixels[index], "index": torch.from_numpy(index)}
 
+        how = {"steps": 6, "batch_size": 16, "lr": 1e-2, "weight_decay": 0.0, "log_every": 1}
         train(
-            *(method(), read, 64),
+            *(method(), read, 64, Training(**how, resume=resume, checkpoint_every=2)),
             accelerator=make_accelerator("no", "none", folder),
             run_dir=folder,
-            steps=6,
-            batch_size=16,
-            lr=1e-2,
-            weight_decay=0.0,
-            seed=0,
-            resume=resume,
-            log_every=1,
-            checkpoint_every=2,
         )
 
     fit(tmp_path / "whole")

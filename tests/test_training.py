@@ -19,7 +19,7 @@ from jepa_world.checkpoint import load_tensors
 from jepa_world.config import read_yaml
 from jepa_world.methods.world_model import Output
 from jepa_world.registry import UserError
-from jepa_world.training import batch_index, learning_rate, make_accelerator, train
+from jepa_world.training import Training, batch_index, learning_rate, make_accelerator, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train_world_model.py")
@@ -40,21 +40,17 @@ class Line(nn.Module):
         return Output(loss, {"error": loss.detach()}, torch.randn(8, 2))
 
 
-def fit(folder, method, *, steps=20, resume=False, read=None, **changes):
+def fit(folder, method, *, steps=20, resume=False, read=None, evaluate=None, **changes):
     """Train a `Line` on twelve numbers and return its parameters."""
     numbers = torch.linspace(-1, 1, 12)[:, None]
-    settings = {
-        "accelerator": make_accelerator("no", "none", folder),
-        "batch_size": 4,
-        "lr": 0.1,
-        "weight_decay": 0.01,
-        "seed": 0,
-        "log_every": 2,
-        "checkpoint_every": 5,
-    }
-    reader = read or (lambda index: {"x": numbers[index]})
-    settings |= changes
-    return train(method, reader, 12, run_dir=folder, steps=steps, resume=resume, **settings)
+    how = {"batch_size": 4, "lr": 0.1, "log_every": 2, "checkpoint_every": 5} | changes
+    return train(
+        *(method, read or (lambda index: {"x": numbers[index]}), 12),
+        Training(steps=steps, resume=resume, **how),
+        accelerator=make_accelerator("no", "none", folder),
+        run_dir=folder,
+        evaluate=evaluate,
+    )
 
 
 def metrics(folder):
@@ -265,7 +261,7 @@ from jepa_world.encoders.vit import PooledViTEncoder
 from jepa_world.methods.world_model import Output
 from jepa_world.predictors.adaln import AdaLNPredictor
 from jepa_world.predictors.mlp import MLPPredictor
-from jepa_world.training import make_accelerator, train
+from jepa_world.training import Training, make_accelerator, train
 
 class Both(torch.nn.Module):
     def __init__(self, *models):
@@ -291,8 +287,8 @@ method = Both(
 folder = Path(sys.argv[1])
 train(
     method, lambda index: {"pixels": torch.from_numpy(pixels[index]), "action": action[index]}, 40,
-    accelerator=make_accelerator("no", "none", folder), run_dir=folder, steps=5, batch_size=8,
-    lr=1e-2, weight_decay=1e-3, seed=0, resume=False, log_every=1, checkpoint_every=5,
+    Training(steps=5, batch_size=8, lr=1e-2, weight_decay=1e-3, log_every=1, checkpoint_every=5),
+    accelerator=make_accelerator("no", "none", folder), run_dir=folder,
 )
 """
 

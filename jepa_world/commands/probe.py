@@ -32,7 +32,7 @@ from jepa_world.probes import (
 )
 from jepa_world.registry import UserError, class_path
 from jepa_world.runs import Run
-from jepa_world.training import make_accelerator, train
+from jepa_world.training import Training, make_accelerator, train
 
 Pixels = UInt8[np.ndarray, "n hh ww c"]
 Features = Callable[[Pixels], Tensor]
@@ -162,21 +162,16 @@ def supervised(config: Probe, training: Images, part: Part, folder: Path) -> Fea
         return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
     run_dir = folder / f"supervised_{factor}"
-    train(
-        method,
-        read,
-        len(training),
-        accelerator=make_accelerator(config.precision, "none", run_dir),
-        run_dir=run_dir,
+    how = Training(
         steps=config.supervised_steps,
         batch_size=min(256, len(training)),
         lr=2e-3,
         weight_decay=5e-2,
         seed=config.seed,
-        resume=False,
-        log_every=100,
         checkpoint_every=config.supervised_steps,
     )
+    accelerator = make_accelerator(config.precision, "none", run_dir)
+    train(method, read, len(training), how, accelerator=accelerator, run_dir=run_dir)
     return _frozen(method.eval().encoder)
 
 

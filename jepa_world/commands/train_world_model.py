@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,18 +9,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 import jepa_world
-from jepa_world.checkpoint import write_yaml
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Trajectories
 from jepa_world.methods.world_model import WorldModel, build_parts
 from jepa_world.probes import linear_probe_r2
-from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.sigreg import SIGReg
 from jepa_world.testing import check_encoder, check_predictor
-from jepa_world.training import Training, make_accelerator, own_share, train
+from jepa_world.training import Training, begin, make_accelerator, train
 
 
 @dataclass(frozen=True)
@@ -86,13 +83,7 @@ def run(config: TrainWorldModel) -> None:
     dim, tokens = method.encoder.dim, method.encoder.num_tokens
     check_predictor(predictor, dim, training.action_dim, num_tokens=tokens)
     windows = training.windows(config.frames)
-    own_share(config.batch_size, len(windows), accelerator)
-    if config.resume:
-        check_same_model(made.folder, description)
-    if accelerator.is_main_process:
-        made.open(config, resume=config.resume)
-        write_yaml(made.folder / "checkpoint" / "config.yaml", description)
-    accelerator.wait_for_everyone()
+    begin(made, config, description, len(windows), accelerator)
     accelerator.print(
         f"{training.num_episodes} episodes, {sum(p.numel() for p in method.parameters()):,} "
         f"parameters, {accelerator.num_processes} process(es) on {accelerator.device.type}"
@@ -106,36 +97,13 @@ def run(config: TrainWorldModel) -> None:
         method,
         read,
         len(windows),
+        config,
         accelerator=accelerator,
         run_dir=made.folder,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        resume=config.resume,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
         evaluate=lambda: latent_health(method, training, held_out),
     )
     if accelerator.is_main_process:
         made.finish({**last, "seed": config.seed})
-
-
-def check_same_model(folder: Path, description: dict[str, Any]) -> None:
-    """Check that the run to resume trains this model, before anything of it is overwritten.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    saved = folder / "checkpoint" / "config.yaml"
-    known = read_yaml(saved) if saved.is_file() else description
-    for key in description.keys() - {"jepa_world"}:
-        if known.get(key) != description[key]:
-            raise UserError(
-                f"{str(folder)!r} holds a model with {key} {known.get(key)!r}, not "
-                f"{description[key]!r}: resume it as it was, or name another --run-dir"
-            )
 
 
 def collect_default(folder: Path) -> None:
