@@ -77,17 +77,19 @@ def blobs(count, *, classes=4, dim=6, apart=3.0, seed=0):
     return centres[labels] + torch.randn(count, dim, generator=random), labels
 
 
-@pytest.mark.parametrize("decay", [1e-3, 1e-1])
-def test_logistic_regression_is_the_one_of_scikit_learn(decay):
+@pytest.mark.parametrize("dim", [6, 60])
+def test_logistic_regression_is_the_one_of_scikit_learn(dim):
+    """With more samples than features and with fewer, for several decays at once."""
     from sklearn.linear_model import LogisticRegression
 
-    x, y = blobs(500, apart=0.7)
-    x = x @ normal(6, 6)  # correlated
-    theirs = LogisticRegression(C=1 / (decay * len(x)), tol=1e-8, max_iter=5000).fit(x, y)
-    expected = torch.from_numpy(theirs.predict_proba(x)).float()
-    weights = fit_logistic(x, y, decay=decay)
-    found = torch.softmax(x @ weights[:-1] + weights[-1], 1)
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    x, y = blobs(500 if dim == 6 else 40, dim=dim, apart=0.7)
+    x = x @ normal(dim, dim)  # correlated
+    decays = [1e-3, 1e-1]
+    for weights, decay in zip(fit_logistic(x, y, decays=decays), decays, strict=True):
+        theirs = LogisticRegression(C=1 / (decay * len(x)), tol=1e-8, max_iter=5000).fit(x, y)
+        expected = torch.from_numpy(theirs.predict_proba(x)).float()
+        found = torch.softmax(x @ weights[:, :-1].T + weights[:, -1], 1)
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
 def test_probes_read_separable_classes_whatever_the_scale_of_the_features():

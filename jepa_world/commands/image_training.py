@@ -15,7 +15,7 @@ from jepa_world.commands import use_one_thread
 from jepa_world.config import Part, to_dict
 from jepa_world.data.images import Images, hold_out, load_images
 from jepa_world.interfaces import Encoder
-from jepa_world.probes import image_features, knn_probe, linear_probe, linear_probe_r2
+from jepa_world.probes import factor_r2, image_features, knn_probe, linear_probe
 from jepa_world.runs import Run
 from jepa_world.testing import check_encoder
 from jepa_world.training import Training, begin, make_accelerator, train
@@ -99,10 +99,8 @@ def quick_probe(
     for name, labels in training.classes.items():
         predicted = knn_probe(fit_z, torch.from_numpy(labels).to(z.device), z)
         measured[f"knn_{name}"] = accuracy(predicted, held_out.classes[name])
-    for name, factor in training.values.items():
-        fit_y, y = (torch.from_numpy(v).to(z.device) for v in (factor, held_out.values[name]))
-        measured[f"r2_{name}"] = round(linear_probe_r2(fit_z, fit_y, z, y), 4)
-    return measured
+    r2 = factor_r2(fit_z, training.values, z, held_out.values)
+    return measured | {f"r2_{name}": value for name, value in r2.items()}
 
 
 def beside_a_random_encoder(
@@ -128,10 +126,8 @@ def probe_factors(encoder: Encoder, training: Images, test: Images) -> dict[str,
     for name, labels in training.classes.items():
         predicted = linear_probe(fit_z, torch.from_numpy(labels).to(z.device), z)
         measured[f"linear {name}"] = accuracy(predicted, test.classes[name])
-    for name, factor in training.values.items():
-        fit_y, y = (torch.from_numpy(v).to(z.device) for v in (factor, test.values[name]))
-        measured[f"R^2 {name}"] = round(linear_probe_r2(fit_z, fit_y, z, y), 4)
-    return measured
+    r2 = factor_r2(fit_z, training.values, z, test.values)
+    return measured | {f"R^2 {name}": value for name, value in r2.items()}
 
 
 def accuracy(predicted: Int[Tensor, " n"], labels: Int[np.ndarray, " n"]) -> float:

@@ -23,12 +23,12 @@ from jepa_world.methods.supervised import Supervised
 from jepa_world.pictures import neighbour_picture, token_picture
 from jepa_world.probes import (
     effective_rank,
+    factor_r2,
     few_shot,
     image_features,
     knn_probe,
     lidar,
     linear_probe,
-    linear_probe_r2,
 )
 from jepa_world.registry import UserError, class_path
 from jepa_world.runs import Run
@@ -197,12 +197,7 @@ def judge(features: Features, training: Images, test: Images, config: Probe) -> 
                 "std": round(float(np.std(found)), 4),
             }
             measured[factor][f"{shots}-shot"] = spread
-    measured["R^2"] = {
-        factor: round(
-            linear_probe_r2(fit_z.cpu(), _tensor(value), z.cpu(), _tensor(test.values[factor])), 4
-        )
-        for factor, value in training.values.items()
-    }
+    measured["R^2"] = factor_r2(fit_z, training.values, z, test.values)
     return measured
 
 
