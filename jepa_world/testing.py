@@ -85,6 +85,51 @@ def check_predictor(
         _check_gradients("predictor", probe, inputs, needed=("latent", "action"))
 
 
+def check_masked_predictor(predictor: nn.Module, dim: int, grid: tuple[int, int, int]) -> None:
+    """Check a predictor of the tokens that were not seen, on a grid `(t', rows, columns)`.
+
+    Shape, finite and repeatable outputs, samples that do not depend on each other in evaluation
+    mode, outputs that follow the order of the targets and not that of the context, positions that
+    are told apart, gradients for the context and all parameters. Parameters are shaken a little
+    first.
+
+    Raises:
+        ContractError: naming the promise that was broken.
+
+    Example:
+        >>> from jepa_world.predictors.masked import MaskedTransformer
+        >>> check_masked_predictor(MaskedTransformer(64, (1, 7, 7)), 64, (1, 7, 7))
+    """
+    part, length = "masked predictor", int(np.prod(grid))
+    with _probe(predictor) as (probe, generator), torch.no_grad():
+        _shake(probe, generator)
+        order = torch.rand(3, length, generator=generator).argsort(1).to(_device(probe))
+        seen, unseen = order.split([length // 2, length - length // 2], 1)
+        context = torch.randn(*seen.shape, dim, generator=generator).to(_device(probe))
+
+        def predict(context: Tensor, seen: Tensor, unseen: Tensor) -> Tensor:
+            predicted = _call(part, probe, context, seen, unseen)
+            promise = "one latent for every target"
+            return _check_tensor(part, predicted, (*unseen.shape, dim), promise)
+
+        predicted = predict(context, seen, unseen)
+        if bool(_gap(predict(context, seen, unseen), predicted).any()):
+            raise ContractError(f"{part} is not deterministic in evaluation mode")
+        others = torch.cat([context[:1], context[1:].flip(-1) * 0.5])
+        if bool(_gap(predict(others, seen, unseen), predicted)[0].any()):
+            raise ContractError(
+                f"{part} mixes samples in evaluation mode: changing one changes another"
+            )
+        if bool(_gap(predict(context, seen, unseen.flip(1)), predicted.flip(1)).any()):
+            raise ContractError(f"{part} does not follow the order of its targets")
+        if bool(_gap(predict(context.flip(1), seen.flip(1), unseen), predicted).any()):
+            raise ContractError(f"{part} depends on the order of the context, not on its positions")
+        if not bool(_gap(predicted[:, 1:], predicted[:, :-1]).all()):
+            raise ContractError(f"{part} does not tell the positions of targets apart")
+        inputs = {"context": context, "seen": seen, "unseen": unseen}
+        _check_gradients(part, probe, inputs, needed=("context",))
+
+
 def check_planner(
     build: Callable[[], Planner],
     low: Float[Tensor, "a"],

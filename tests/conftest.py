@@ -101,3 +101,35 @@ def shell():
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def resumes_exactly(tmp_path):
+    """Assert that training a method on pixels, stopped after five of six steps, goes on exactly."""
+    from jepa_world.training import Training, make_accelerator, train
+
+    def assert_for(build, pixels):
+        def fit(folder, *, stop=99, resume=False):
+            steps = iter(range(stop))
+
+            def read(index):
+                next(steps)
+                return {"pixels": pixels[index], "index": torch.from_numpy(index)}
+
+            how = {"steps": 6, "batch_size": 16, "lr": 1e-2, "weight_decay": 0.0, "log_every": 1}
+            train(
+                *(build(), read, len(pixels)),
+                Training(**how, resume=resume, checkpoint_every=2),
+                accelerator=make_accelerator("no", "none", folder),
+                run_dir=folder,
+            )
+
+        fit(tmp_path / "whole")
+        with pytest.raises(StopIteration):
+            fit(tmp_path / "halves", stop=5)
+        fit(tmp_path / "halves", resume=True)
+        for name in ("checkpoint/model.safetensors", "metrics.jsonl"):
+            one, two = ((tmp_path / run / name).read_bytes() for run in ("whole", "halves"))
+            assert one == two, name
+
+    return assert_for

@@ -19,7 +19,6 @@ from jepa_world.methods.lejepa import LeJEPA, build_lejepa
 from jepa_world.probes import image_features
 from jepa_world.sigreg import SIGReg
 from jepa_world.testing import check_encoder
-from jepa_world.training import Training, make_accelerator, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -136,29 +135,8 @@ def test_a_run_trains_probes_and_leaves_a_model_that_loads(call, data, tmp_path)
     assert z.shape == (10, 64) and z.isfinite().all()
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    pixels = torch.from_numpy(make_shapes(64, seed=0).pixels)
-
-    def fit(folder, *, stop=99, resume=False):
-        steps = iter(range(stop))
-
-        def read(index):
-            next(steps)
-            return {"pixels": pixels[index], "index": torch.from_numpy(index)}
-
-        how = {"steps": 6, "batch_size": 16, "lr": 1e-2, "weight_decay": 0.0, "log_every": 1}
-        train(
-            *(method(), read, 64, Training(**how, resume=resume, checkpoint_every=2)),
-            accelerator=make_accelerator("no", "none", folder),
-            run_dir=folder,
-        )
-
-    fit(tmp_path / "whole")
-    with pytest.raises(StopIteration):
-        fit(tmp_path / "halves", stop=5)
-    fit(tmp_path / "halves", resume=True)
-    files = [tmp_path / run / "checkpoint" / "model.safetensors" for run in ("whole", "halves")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+def test_a_resumed_run_equals_the_uninterrupted_one(resumes_exactly):
+    resumes_exactly(method, batch()["pixels"])
 
 
 @pytest.mark.parametrize(

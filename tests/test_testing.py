@@ -13,6 +13,7 @@ from jepa_world.testing import (
     ContractError,
     check_encoder,
     check_env,
+    check_masked_predictor,
     check_planner,
     check_predictor,
 )
@@ -124,6 +125,72 @@ def test_contract_error_is_a_users_mistake_in_one_line():
     with pytest.raises(ContractError) as raised:
         check_predictor(Crashes(), 4, 2)
     assert "\n" not in str(raised.value)
+
+
+class MyMaskedPredictor(nn.Module):
+    """The mean of the context, and a table of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+        self.read = nn.Linear(4, 4)
+
+    def forward(self, context, seen, unseen):
+        return self.read(context + self.table(seen)).mean(1, keepdim=True) + self.table(unseen)
+
+
+class NoPositions(MyMaskedPredictor):
+    def forward(self, context, seen, unseen):
+        return super().forward(context, seen, unseen * 0)
+
+
+class SortsTargets(MyMaskedPredictor):
+    def forward(self, context, seen, unseen):
+        return super().forward(context, seen, unseen.sort(1).values)
+
+
+class FirstOfTheContext(MyMaskedPredictor):
+    def forward(self, context, seen, unseen):
+        return super().forward(context[:, :1], seen[:, :1], unseen)
+
+
+class OneTarget(MyMaskedPredictor):
+    def forward(self, context, seen, unseen):
+        return super().forward(context, seen, unseen[:, :1])
+
+
+class IgnoresContext(MyMaskedPredictor):
+    def forward(self, context, seen, unseen):
+        return super().forward(context.detach(), seen, unseen)
+
+
+class NoisyTargets(MyMaskedPredictor):
+    def forward(self, context, seen, unseen):
+        return super().forward(context, seen, unseen) + torch.randn(())
+
+
+class MixesPictures(MyMaskedPredictor):
+    def forward(self, context, seen, unseen):
+        return super().forward(context, seen, unseen) + context.mean()
+
+
+@pytest.mark.parametrize(
+    ("predictor", "promise"),
+    [
+        (NoPositions, "does not tell the positions of targets apart"),
+        (SortsTargets, "does not follow the order of its targets"),
+        (FirstOfTheContext, "depends on the order of the context"),
+        (OneTarget, "one latent for every target"),
+        (IgnoresContext, "passes no gradient to context"),
+        (NoisyTargets, "not deterministic"),
+        (MixesPictures, "mixes samples"),
+    ],
+)
+def test_broken_masked_predictor_is_told_its_promise(predictor, promise):
+    torch.manual_seed(0)
+    check_masked_predictor(MyMaskedPredictor(), 4, (1, 2, 4))
+    with pytest.raises(ContractError, match=promise):
+        check_masked_predictor(predictor(), 4, (1, 2, 4))
 
 
 class MyEncoder(nn.Module):

@@ -1,12 +1,13 @@
 """Train an image encoder by I-JEPA: hidden blocks are predicted, features are Gaussian."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jepa_world.commands.image_training import ImageTraining, train_on_images
 from jepa_world.config import Part, require_at_least, to_dict
-from jepa_world.methods.ijepa import build_ijepa
+from jepa_world.methods.ijepa import IJEPA, TeacherIJEPA, build_ijepa
 from jepa_world.registry import UserError
+from jepa_world.testing import check_masked_predictor
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,15 @@ def run(config: TrainIjepa) -> None:
         "teacher": teacher if config.teacher == "ema" else None,
         "sigreg": {"slices": 64, "seed": config.seed, "weight": config.sigreg_weight},
     }
-    train_on_images("train_ijepa", config, build_ijepa, own)
+    train_on_images("train_ijepa", config, checked_ijepa, own)
+
+
+def checked_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
+    """Build the method; its predictor may be anybody's, and keeps its contract."""
+    method = build_ijepa(description)
+    encoder: Any = method.encoder
+    check_masked_predictor(method.get_submodule("predictor"), encoder.dim, encoder.grid)
+    return method
 
 
 def check(config: TrainIjepa) -> None:
