@@ -1,10 +1,10 @@
-"""Does LeJEPA's training loss rank runs, without labels? (arXiv 2511.08544, section 6.1)
+"""Check that LeJEPA's training loss ranks runs without labels (arXiv 2511.08544, section 6.1).
 
     python benchmarks/loss_ranks_runs.py --data FOLDER --run-dir runs/ranks   # idx files
 
-Runs of all weights x learning rates x widths, equal steps; each is scored by its loss over its last
-tenth and by a linear probe on held-out images of the training part. Printed: Spearman's correlation
-of score and accuracy, of the loss itself and of loss / weight^a for several a; the paper has a = .4.
+Runs of all weights x learning rates x widths, equal steps; each is scored by its loss over the last
+tenth of them and by a linear probe on held-out images of the training part. Printed: Spearman's
+correlation of the two, for the loss itself and for loss / weight^a; the paper has a = .4.
 """
 
 import argparse
