@@ -7,6 +7,8 @@ from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from jepa_world.masking import Masks
+
 
 def token_picture(
     pixels: UInt8[np.ndarray, "n hh ww c"], tokens: Float[Tensor, "n rows columns d"]
@@ -28,6 +30,27 @@ def token_picture(
         _show(axes[0, column], picture)
         axes[1, column].imshow(colour)
         axes[1, column].axis("off")
+    return figure
+
+
+def mask_picture(
+    pixels: UInt8[np.ndarray, "n hh ww c"], masks: Masks, grid: tuple[int, int]
+) -> Figure:
+    """Draw images above what an encoder sees of them and what is to be predicted, the rest grey."""
+    figure = Figure(figsize=(1.2 * len(pixels), 3.9), layout="constrained")
+    axes = figure.subplots(3, len(pixels), squeeze=False)
+    for column, (picture, *sets) in enumerate(zip(pixels, *masks, strict=True)):
+        _show(axes[0, column], picture)
+        for row, index in enumerate(sets, 1):
+            chosen = np.zeros(grid[0] * grid[1], bool)
+            chosen[index.numpy()] = True
+            rows, columns = (
+                side // cells for side, cells in zip(picture.shape, grid, strict=False)
+            )
+            shown = chosen.reshape(grid).repeat(rows, 0).repeat(columns, 1)
+            _show(axes[row, column], np.where(shown[..., None], picture, np.uint8(128)))
+    for row, words in enumerate(("image", "context", "targets")):
+        axes[row, 0].set_title(words, fontsize=9, loc="left")
     return figure
 
 
@@ -58,5 +81,7 @@ def neighbour_picture(
 
 def _show(axis: object, picture: UInt8[np.ndarray, "hh ww c"]) -> None:
     grey = picture.shape[2] == 1
-    axis.imshow(picture[..., 0] if grey else picture, cmap="gray" if grey else None)  # type: ignore[attr-defined]
+    axis.imshow(
+        picture[..., 0] if grey else picture, cmap="gray" if grey else None, vmin=0, vmax=255
+    )  # type: ignore[attr-defined]
     axis.axis("off")  # type: ignore[attr-defined]

@@ -224,6 +224,7 @@ def test_a_run_trains_probes_and_leaves_a_model_that_loads(teacher, call, pictur
     ended = call("train_ijepa", *words, tmp_path / "straight")
     assert ended.code == 0 and "linear class: " in ended.stdout, ended.stderr
     results = json.loads((tmp_path / "straight" / "results.json").read_text())
+    assert (tmp_path / "straight" / "masks.png").is_file()
     assert results["probe"].keys() == {"trained", "random"} and "prediction" in results
     description = read_yaml(tmp_path / "straight" / "checkpoint" / "config.yaml")
     method = build_ijepa(description)

@@ -27,6 +27,7 @@ MAY_IMPORT = {  # room -> rooms of ours
     "training": {"checkpoint", "probes", "methods", "nn", "runs"},
     "agent": {"methods"},
     "evaluation": {"agent", "methods"},
+    "pictures": {"masking"},
     "report": {"agent", "evaluation", "methods", "data"},
     "encoders": {"nn", "masking"},
     "predictors": {"nn", "masking"},

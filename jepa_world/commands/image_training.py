@@ -38,6 +38,7 @@ def train_on_images(
     config: ImageTraining,
     build: Callable[[dict[str, Any]], Any],
     own: dict[str, Any],
+    draw: Callable[[Path, Any, Images], None] | None = None,
 ) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder.
 
@@ -47,6 +48,7 @@ def train_on_images(
         build: Makes the method, a module with an `encoder`, from the description that its
             checkpoint will hold.
         own: What the method adds to the description beside encoder and image size.
+        draw: Leaves pictures of a method and held-out images in the run folder.
     """
     use_one_thread()
     made = Run.of(command, config.run_dir)
@@ -84,6 +86,8 @@ def train_on_images(
         torch.manual_seed(config.seed)
         random = build(description).to(next(method.parameters()).device)
         probed = beside_a_random_encoder(method, random, whole, test)
+        if draw is not None:
+            draw(made.folder, method, held_out)
         made.finish({**last, "seed": config.seed, "probe": probed})
 
 

@@ -1,11 +1,16 @@
 """Train an image encoder by I-JEPA: hidden blocks are predicted, features are Gaussian."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from jepa_world.commands.image_training import ImageTraining, train_on_images
 from jepa_world.config import Part, require_at_least, to_dict
+from jepa_world.data.images import Images
 from jepa_world.methods.ijepa import IJEPA, TeacherIJEPA, build_ijepa
+from jepa_world.pictures import mask_picture
 from jepa_world.registry import UserError
 from jepa_world.testing import check_masked_predictor
 
@@ -47,7 +52,7 @@ def run(config: TrainIjepa) -> None:
         "teacher": teacher if config.teacher == "ema" else None,
         "sigreg": {"slices": 64, "seed": config.seed, "weight": config.sigreg_weight},
     }
-    train_on_images("train_ijepa", config, checked_ijepa, own)
+    train_on_images("train_ijepa", config, checked_ijepa, own, draw_masks)
 
 
 def checked_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
@@ -56,6 +61,14 @@ def checked_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
     encoder: Any = method.encoder
     check_masked_predictor(method.get_submodule("predictor"), encoder.dim, encoder.grid)
     return method
+
+
+def draw_masks(folder: Path, method: IJEPA | TeacherIJEPA, images: Images) -> None:
+    """Draw what is seen and what is predicted of the first images, as `masks.png`."""
+    pixels = images.pixels[:8]
+    masks = method.masks(torch.arange(len(pixels)), 0)
+    grid = method.get_submodule("encoder").grid[1:]  # type: ignore[index]
+    mask_picture(pixels, masks, grid).savefig(folder / "masks.png", dpi=120)
 
 
 def check(config: TrainIjepa) -> None:
