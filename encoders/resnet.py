@@ -62,9 +62,9 @@ class ResNetEncoder(nn.Module):
                 stride = 2 if stage and not block else 1
                 layers.append(_Block(out, width * 2**stage, stride))
                 out = width * 2**stage
-        self.blocks = nn.Sequential(*layers)
         if dim is not None:
             layers += [_Convolution(out, dim, size=1), nn.ReLU()]
+        self.blocks = nn.Sequential(*layers)
         self.dim, self.num_tokens = dim or out, 1
 
     def forward(
