@@ -20,8 +20,8 @@ class ResNetEncoder(nn.Module):
         width: Channels of the first stage; every later one has twice as many.
         stages: Each halves the map, the first one in the stem.
         blocks: Basic blocks in a stage.
-        dim: Channels of a last 1 x 1 convolution, which makes the token wider for little cost (as in
-            MobileNetV2, https://arxiv.org/abs/1801.04381, table 2); without it there is none.
+        dim: Channels of a last 1 x 1 convolution: a wider token for little cost (as in
+            MobileNetV2, https://arxiv.org/abs/1801.04381, table 2). None leaves it out.
 
     Raises:
         ValueError: the frame is smaller than 2^stages pixels, or width is less than 16 (with so

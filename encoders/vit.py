@@ -7,6 +7,7 @@ https://arxiv.org/abs/2404.08471, section 3.)
 
 from typing import Literal
 
+import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ SIZES: dict[Size, tuple[int, int, int]] = {  # width, depth, heads
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
+FAINT = 0.05  # added to the deviation of a clip: noise of an empty one is not blown up
 
 
 class ViTEncoder(nn.Module):
@@ -38,6 +40,8 @@ class ViTEncoder(nn.Module):
         depth: Number of blocks, in place of the preset's.
         heads: Attention heads, in place of the preset's.
         mlp_ratio: Width of a block's hidden layer, as a multiple of the tokens' width.
+        standardise: Bring every clip to mean 0 and deviation 1 first: brightness and contrast of
+            the whole are not seen then.
 
     Raises:
         ValueError: the clip does not divide into patches, or the width into heads.
@@ -65,6 +69,7 @@ class ViTEncoder(nn.Module):
         depth: int | None = None,
         heads: int | None = None,
         mlp_ratio: float = 4.0,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         frames, channels, rows, columns = observation_shape
@@ -77,7 +82,7 @@ class ViTEncoder(nn.Module):
         self.dim, self.heads = dim or preset_dim, heads or preset_heads
         self.grid = (frames // tubelet, rows // patch, columns // patch)
         self.num_tokens = self.grid[1] * self.grid[2]
-        self.patch, self.tubelet = patch, tubelet
+        self.patch, self.tubelet, self.standardise = patch, tubelet, standardise
         self.embed = nn.Linear(tubelet * patch * patch * channels, self.dim)
         axes = self.grid if self.grid[0] > 1 else self.grid[1:]
         self.register_buffer("positions", sincos_positions(self.dim, *axes), persistent=False)
@@ -109,6 +114,9 @@ class ViTEncoder(nn.Module):
             q=self.patch,
             r=self.patch,
         )
+        if self.standardise:
+            std, mean = torch.std_mean(patches, (1, 2), keepdim=True)
+            patches = (patches - mean) / (std + FAINT)
         if keep is not None:
             return self._encode(take_tokens(patches, keep), self.positions[keep])
         tokens = self._encode(patches, self.positions)

@@ -264,6 +264,18 @@ class Projector(nn.Sequential):
             return super().forward(input.to(next(self.parameters()).dtype))
 
 
+def projection_head(dim: int, hidden: int, out: int) -> nn.Sequential:
+    """Return the MLP of LeJEPA: two hidden layers with batch norm, a linear end.
+
+    (https://arxiv.org/abs/2511.08544, section 5.)
+    """
+    return nn.Sequential(
+        *(nn.Linear(dim, hidden, bias=False), BatchNorm(hidden), nn.ReLU()),
+        *(nn.Linear(hidden, hidden, bias=False), BatchNorm(hidden), nn.ReLU()),
+        nn.Linear(hidden, out),
+    )
+
+
 def sincos_positions(dim: int, *shape: int) -> Float[Tensor, "l d"]:
     """Return fixed sine-cosine positions of a grid with one, two or three axes, in raster order.
 

@@ -27,6 +27,8 @@ DESCRIPTION = {
     "encoder": {"name": "vit", "patch": 4, "dim": 32, "depth": 1, "heads": 2},
     "masked_predictor": {"name": "transformer", "width": 16, "depth": 1, "heads": 1},
     "masks": {"context": 0.3, "target": 0.5},
+    "views": {"crop": 0.7, "colour": 0.5},
+    "whole": 1.0,
     "teacher": None,
     "sigreg": {"slices": 32, "seed": 0, "weight": 10.0},
 }
@@ -238,6 +240,7 @@ def test_a_run_trains_probes_and_leaves_a_model_that_loads(teacher, call, pictur
         (("--masks", 0.8, 0.5), "each needs one, and together at most 16"),
         (("--encoder", "conv"), "encoder 'conv' has no `grid`"),
         (("--momentum", 1.5), "--momentum is 1.5: give a number in"),
+        (("--crop", 0), "--crop is 0.0: give a share in"),
         (("--encoder.patch", 5), "does not divide into patches"),
         (("--masked-predictor.heads", 3), "does not divide into 3 heads"),
     ],

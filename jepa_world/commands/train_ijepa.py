@@ -28,12 +28,19 @@ class TrainIjepa(ImageTraining):
     """Maps visible tokens to hidden ones."""
     masks: tuple[float, float] = (0.3, 0.5)
     """Share of the tokens that is seen, and share that is predicted, in blocks."""
+    crop: float = 0.5
+    """Least share of the image that a view keeps: the context is seen in one view, targets in
+    another. 1, with --colour 0: both in the image itself."""
+    colour: float = 0.5
+    """Strength of jitter, greying, blur and solarising of the views; 1 is for photographs."""
     teacher: Literal["none", "ema"] = "none"
     """none: SIGReg keeps features from collapsing; ema: the published moving average does."""
     momentum: float = 0.996
     """Of the moving average at the first step; rises to 1. For --teacher ema."""
-    sigreg_weight: float = 10.0
-    """Weight of SIGReg, without its factor N, against the prediction error."""
+    sigreg_weight: float = 3.0
+    """Weight of SIGReg of tokens, without its factor N, against the prediction error."""
+    whole: float = 5.0
+    """Weight of foretelling the whole image from the context, with its own SIGReg."""
     steps: int = 1000
     batch_size: int = 64
     lr: float = 1e-3
@@ -50,6 +57,8 @@ def run(config: TrainIjepa) -> None:
         "masked_predictor": to_dict(config)["masked_predictor"],
         "masks": {"context": context, "target": target},
         "teacher": teacher if config.teacher == "ema" else None,
+        "views": {"crop": config.crop, "colour": config.colour},
+        "whole": config.whole,
         "sigreg": {"slices": 64, "seed": config.seed, "weight": config.sigreg_weight},
     }
     train_on_images("train_ijepa", config, checked_ijepa, own, draw_masks)
@@ -79,5 +88,8 @@ def check(config: TrainIjepa) -> None:
     """
     require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
     require_at_least(config, lr=0, weight_decay=0, sigreg_weight=0, seed=0, image_size=8)
+    require_at_least(config, whole=0, colour=0)
+    if not 0 < config.crop <= 1:
+        raise UserError(f"--crop is {config.crop}: give a share in (0, 1]")
     if not 0 <= config.momentum <= 1:
         raise UserError(f"--momentum is {config.momentum}: give a number in [0, 1]")

@@ -127,6 +127,19 @@ def random_numbers(
     return torch.from_numpy(np.stack(drawn, 1))
 
 
+def flip_together(numbers: Float[Tensor, "v b k"]) -> Float[Tensor, "v b k"]:
+    """Give all views of a sample the flip of the first: left stays left between them."""
+    flip = _NAMES.index("flip")
+    return torch.cat(
+        [
+            numbers[..., :flip],
+            numbers[:1, :, flip : flip + 1].expand(len(numbers), -1, -1),
+            numbers[..., flip + 1 :],
+        ],
+        2,
+    )
+
+
 def _between(u: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * u
 

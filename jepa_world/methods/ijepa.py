@@ -1,35 +1,48 @@
 """I-JEPA: predict the tokens of hidden blocks from visible ones, with SIGReg or an EMA teacher.
 
     with SIGReg:  loss = |predict(z_context) - z*|^2 + weight * SIGReg(z_context)
+                         + whole * ((1 - s) |q - q*|^2 + s * SIGReg(q))
     with teacher: loss = smooth-L1(predict(z_context) - normalise(z_teacher))
 
 z* are tokens of the same encoder where it sees context and target together, without gradient;
 targets and what SIGReg sees are centred at every position over the batch, so that a token cannot
 score with what its position tells. SIGReg compares tokens of different images only: see
-`sigreg_between_images`.
+`sigreg_between_images`. q is a projection of the mean context token, q* that of all tokens of the
+target pass: the part foretells the whole. Context and targets may be two views of an image.
 (I-JEPA, arXiv 2301.08243; SIGReg, 2511.08544. docs/ijepa.md has what else was tried.)
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jepa_world.config import part_from_dict
+from jepa_world.data.augmentation import Augmentation, flip_together, random_numbers
 from jepa_world.interfaces import Encoder, MaskedPredictor
 from jepa_world.masking import Grid, Masks, MultiBlockMasks
+from jepa_world.methods.lejepa import images_from_bytes
 from jepa_world.methods.world_model import Output
-from jepa_world.nn import sum_over_processes, take_tokens
+from jepa_world.nn import projection_head, sum_over_processes, take_tokens
 from jepa_world.registry import UserError
 from jepa_world.sigreg import SIGReg, sigreg
 
-DrawMasks = Callable[[Int[Tensor, " b"], int], Masks]
-"""Return the masks of the samples `index` at a step."""
+
+class DrawMasks(Protocol):
+    """Draws the masks of samples, and has the seed of all that is drawn for them."""
+
+    @property
+    def seed(self) -> int:
+        """Return the seed."""
+        ...
+
+    def __call__(self, index: Int[Tensor, " b"], step: int) -> Masks:
+        """Return the masks of the samples `index` of the data at a step."""
+        ...
 
 
 @runtime_checkable
@@ -48,7 +61,11 @@ class IJEPA(nn.Module):
         predictor: Part that tells tokens from others.
         sigreg: The regulariser.
         masks: Draws what is seen and what is predicted.
-        weight: Of SIGReg (without the factor N) against the prediction error.
+        weight: Of SIGReg of tokens (without the factor N) against the prediction error.
+        whole: Of foretelling the whole image, a LeJEPA loss of projected mean tokens; 0 leaves it
+            out.
+        views: Makes the image that is seen and the one that is foretold; without, both are it.
+        share: Of SIGReg (which includes the factor N) in the loss of the whole.
 
     Example:
         >>> import torch
@@ -57,11 +74,11 @@ class IJEPA(nn.Module):
         >>> encoder = ViTEncoder((1, 3, 32, 32), patch=4, dim=64, depth=2, heads=2)
         >>> predictor = MaskedTransformer(64, encoder.grid, width=32, depth=1, heads=1)
         >>> masks = MultiBlockMasks(encoder.grid)
-        >>> method = IJEPA(encoder, predictor, SIGReg(slices=64), masks, weight=10.0)
+        >>> method = IJEPA(encoder, predictor, SIGReg(slices=64), masks, weight=3.0)
         >>> pixels = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
         >>> output = method({"pixels": pixels, "index": torch.arange(8)}, step=0)
         >>> sorted(output.terms)
-        ['prediction', 'sigreg']
+        ['prediction', 'sigreg', 'whole', 'whole_sigreg']
     """
 
     def __init__(
@@ -72,29 +89,51 @@ class IJEPA(nn.Module):
         masks: DrawMasks,
         *,
         weight: float,
+        whole: float = 1.0,
+        views: Augmentation | None = None,
+        share: float = 0.04,
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
         self.predictor: MaskedPredictor = predictor  # type: ignore[assignment]
-        self.sigreg, self.masks, self.weight = sigreg, masks, weight
+        self.sigreg, self.masks, self.views = sigreg, masks, views
+        self.projector = projection_head(self.encoder.dim, 512, 64) if whole else None
+        self.weights = {"prediction": 1.0, "sigreg": weight}
+        if whole:
+            self.weights |= {"whole": whole * (1 - share), "whole_sigreg": whole * share}
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of images: `pixels (b hh ww c)` bytes, `index (b)` in the data."""
-        video, masks = _inputs(batch, self.masks, step)
-        z = _whole(self.encoder(video, keep=masks.context))
-        predicted = _whole(self.predictor(z, *masks))
-        prediction = (predicted - self.targets(video, masks)).square().mean()
+        seen, foretold, masks = _inputs(batch, self.masks, self.views, step)
+        z = _full_precision(self.encoder(seen, keep=masks.context))
+        targets, mean = self.targets(foretold, masks)
+        predicted = _full_precision(self.predictor(z, *masks))
         tokens = centre_positions(z, masks.context, self.encoder.num_tokens)
-        regulariser = sigreg_between_images(self.sigreg, tokens, step)
-        terms = {"prediction": prediction.detach(), "sigreg": regulariser.detach()}
-        return Output(prediction + self.weight * regulariser, terms, z.detach().mean(1))
+        terms = {
+            "prediction": (predicted - targets).square().mean(),
+            "sigreg": sigreg_between_images(self.sigreg, tokens, step),
+        }
+        if self.projector is not None:
+            q = _full_precision(self.projector(z.mean(1)))
+            terms |= {"whole": (q - mean).square().mean(), "whole_sigreg": self.sigreg(q, step)}
+        loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        latent = z.detach().mean(1)
+        return Output(loss, {name: term.detach() for name, term in terms.items()}, latent)
 
     @torch.no_grad()
-    def targets(self, video: Float[Tensor, "b 1 c hh ww"], masks: Masks) -> Float[Tensor, "b m d"]:
-        """Return the tokens to predict; the pass computes the tokens of the two masks only."""
+    def targets(
+        self, video: Float[Tensor, "b 1 c hh ww"], masks: Masks
+    ) -> tuple[Float[Tensor, "b m d"], Tensor]:
+        """Return the tokens to predict and the projected mean of all tokens of the pass.
+
+        The pass computes the tokens of the two masks only.
+        """
         keep = torch.cat([masks.target, masks.context], 1)
-        z = _whole(self.encoder(video, keep=keep))[:, : masks.target.shape[1]]
-        return centre_positions(z, masks.target, self.encoder.num_tokens)
+        z = _full_precision(self.encoder(video, keep=keep))
+        wanted = z[:, : masks.target.shape[1]]
+        mean = z.mean(1) if self.projector is None else self.projector(z.mean(1))
+        centred = centre_positions(wanted, masks.target, self.encoder.num_tokens)
+        return centred, _full_precision(mean)
 
 
 class TeacherIJEPA(nn.Module):
@@ -110,6 +149,7 @@ class TeacherIJEPA(nn.Module):
         masks: Draws what is seen and what is predicted.
         momentum: Of the average at the first step; rises linearly to 1.
         steps: Of the whole training.
+        views: Makes the student's image and the teacher's; without, both see the image itself.
 
     Example:
         >>> import torch
@@ -132,27 +172,29 @@ class TeacherIJEPA(nn.Module):
         *,
         momentum: float = 0.996,
         steps: int = 1000,
+        views: Augmentation | None = None,
     ) -> None:
         super().__init__()
         self.student: Encoder = copy.deepcopy(encoder)  # type: ignore[assignment]
         self.encoder: Encoder = encoder.requires_grad_(False)  # type: ignore[assignment]
         self.predictor: MaskedPredictor = predictor  # type: ignore[assignment]
         self.masks, self.momentum, self.steps = masks, momentum, steps
+        self.views = views
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of images; in training mode, first follow the student's last step."""
         if self.training and step > 0:
             self.follow(step - 1)
-        video, masks = _inputs(batch, self.masks, step)
-        z = _whole(self.student(video, keep=masks.context))
-        predicted = _whole(self.predictor(z, *masks))
-        prediction = F.smooth_l1_loss(predicted, self.targets(video, masks))
+        seen, foretold, masks = _inputs(batch, self.masks, self.views, step)
+        z = _full_precision(self.student(seen, keep=masks.context))
+        predicted = _full_precision(self.predictor(z, *masks))
+        prediction = F.smooth_l1_loss(predicted, self.targets(foretold, masks))
         return Output(prediction, {"prediction": prediction.detach()}, z.detach().mean(1))
 
     @torch.no_grad()
     def targets(self, video: Float[Tensor, "b 1 c hh ww"], masks: Masks) -> Float[Tensor, "b m d"]:
         """Return the teacher's layer-normed tokens to predict, of the whole image."""
-        z = take_tokens(_whole(self.encoder(video)[:, 0]), masks.target)
+        z = take_tokens(_full_precision(self.encoder(video)[:, 0]), masks.target)
         return F.layer_norm(z, z.shape[-1:])
 
     @torch.no_grad()
@@ -207,6 +249,8 @@ def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
         }
         context, target = (float(description["masks"][key]) for key in ("context", "target"))
         slices, seed, weight = (description["sigreg"][key] for key in ("slices", "seed", "weight"))
+        smallest, colour = (float(description["views"][key]) for key in ("crop", "colour"))
+        whole = float(description["whole"])
         teacher = description["teacher"]
         momentum, steps = (teacher["momentum"], teacher["steps"]) if teacher is not None else (0, 0)
     except (KeyError, TypeError, ValueError) as error:
@@ -220,21 +264,32 @@ def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
     except ValueError as error:
         raise UserError(str(error)) from error
     predictor = parts["masked_predictor"].build("masked_predictor", encoder.dim, encoder.grid)
+    changed = smallest < 1 or colour > 0
+    views = Augmentation.of_strength((smallest, 1.0), colour) if changed else None
     if teacher is not None:
-        return TeacherIJEPA(encoder, predictor, masks, momentum=momentum, steps=steps)
-    return IJEPA(encoder, predictor, SIGReg(slices=slices, seed=seed), masks, weight=weight)
+        how = {"momentum": momentum, "steps": steps}
+        return TeacherIJEPA(encoder, predictor, masks, views=views, **how)
+    sigreg = SIGReg(slices=slices, seed=seed)
+    return IJEPA(encoder, predictor, sigreg, masks, weight=weight, whole=whole, views=views)
 
 
 def _inputs(
-    batch: dict[str, Tensor], draw: DrawMasks, step: int
-) -> tuple[Float[Tensor, "b 1 c hh ww"], Masks]:
-    """Return bytes, channels last, as clips of one frame in [0, 1], and their masks."""
-    pixels: UInt8[Tensor, "b hh ww c"] = batch["pixels"]
-    video = rearrange(pixels, "b hh ww c -> b 1 c hh ww").to(torch.get_default_dtype()) / 255
-    masks = draw(batch["index"].cpu(), step)
-    return video, Masks(*(index.to(pixels.device) for index in masks))
+    batch: dict[str, Tensor], draw: DrawMasks, views: Augmentation | None, step: int
+) -> tuple[Float[Tensor, "b 1 c hh ww"], Float[Tensor, "b 1 c hh ww"], Masks]:
+    """Return what is seen and what is foretold, clips of one frame in [0, 1], and their masks.
+
+    Two views are flipped together, or a token would be foretold at the mirrored place.
+    """
+    index = batch["index"].cpu()
+    images = images_from_bytes(batch["pixels"])
+    masks = Masks(*(kept.to(images.device) for kept in draw(index, step)))
+    if views is None:
+        return images.unsqueeze(1), images.unsqueeze(1), masks
+    numbers = flip_together(random_numbers(index, views=2, seed=draw.seed, step=step))
+    seen, foretold = (views(images, own).unsqueeze(1) for own in numbers)
+    return seen, foretold, masks
 
 
-def _whole(z: Tensor) -> Tensor:
+def _full_precision(z: Tensor) -> Tensor:
     """Bring latents out of autocast's half precision."""
     return z.to(torch.get_default_dtype())

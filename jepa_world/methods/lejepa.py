@@ -17,7 +17,7 @@ from jepa_world.config import part_from_dict
 from jepa_world.data.augmentation import Augmentation, random_numbers
 from jepa_world.interfaces import Encoder
 from jepa_world.methods.world_model import Output
-from jepa_world.nn import BatchNorm
+from jepa_world.nn import projection_head
 from jepa_world.registry import UserError
 from jepa_world.sigreg import SIGReg
 
@@ -65,7 +65,7 @@ class LeJEPA(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
-        self.projector = _projector(self.encoder.dim, hidden, projection)
+        self.projector = projection_head(self.encoder.dim, hidden, projection)
         self.sigreg, self.weight, self.seed = sigreg, weight, seed
         self.global_views, self.local_views = global_views, local_views
 
@@ -125,13 +125,4 @@ def build_lejepa(description: dict[str, Any]) -> LeJEPA:
         local_views=(Augmentation.of_strength((smallest, middle), strength), local_count),
         projection=projection,
         seed=sigreg["seed"],
-    )
-
-
-def _projector(dim: int, hidden: int, out: int) -> nn.Sequential:
-    """Return the MLP of the paper: two hidden layers with batch norm, a linear end."""
-    return nn.Sequential(
-        *(nn.Linear(dim, hidden, bias=False), BatchNorm(hidden), nn.ReLU()),
-        *(nn.Linear(hidden, hidden, bias=False), BatchNorm(hidden), nn.ReLU()),
-        nn.Linear(hidden, out),
     )
