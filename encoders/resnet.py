@@ -13,15 +13,13 @@ from jepa_world.nn import BatchNorm, take_tokens
 
 
 class ResNetEncoder(nn.Module):
-    """Encode each frame by itself into one token, of `width * 2^(stages - 1)` channels or `dim`.
+    """Encode each frame by itself into one token of `width * 2^(stages - 1)` channels.
 
     Args:
         observation_shape: `(t, c, hh, ww)`; any t is accepted later.
         width: Channels of the first stage; every later one has twice as many.
         stages: Each halves the map, the first one in the stem.
         blocks: Basic blocks in a stage.
-        dim: Channels of a last 1 x 1 convolution: a wider token for little cost (as in
-            MobileNetV2, https://arxiv.org/abs/1801.04381, table 2). None leaves it out.
 
     Raises:
         ValueError: the frame is smaller than 2^stages pixels, or width is less than 16 (with so
@@ -41,7 +39,6 @@ class ResNetEncoder(nn.Module):
         width: int = 32,
         stages: int = 4,
         blocks: int = 1,
-        dim: int | None = None,
     ) -> None:
         super().__init__()
         _, channels, rows, columns = observation_shape
@@ -62,10 +59,8 @@ class ResNetEncoder(nn.Module):
                 stride = 2 if stage and not block else 1
                 layers.append(_Block(out, width * 2**stage, stride))
                 out = width * 2**stage
-        if dim is not None:
-            layers += [_Convolution(out, dim, size=1), nn.ReLU()]
         self.blocks = nn.Sequential(*layers)
-        self.dim, self.num_tokens = dim or out, 1
+        self.dim, self.num_tokens = out, 1
 
     def forward(
         self, video: Float[Tensor, "b t c hh ww"], keep: Int[Tensor, "b k"] | None = None

@@ -141,15 +141,29 @@ def factor_r2(
 
 @torch.no_grad()
 def image_features(
-    encoder: Encoder, pixels: UInt8[np.ndarray, "n hh ww c"], *, batch_size: int = 500
+    encoder: Encoder,
+    pixels: UInt8[np.ndarray, "n hh ww c"],
+    *,
+    cells: int = 1,
+    batch_size: int = 500,
 ) -> Float[Tensor, "n d"]:
-    """Return the mean token of every image, channels last, from a frozen encoder on its device."""
+    """Return features of images, channels last, from a frozen encoder on its device.
+
+    The mean token; with `cells`, the mean tokens of cells x cells parts of the image one behind the
+    other, which tell where things are (for an encoder whose tokens lie on a grid).
+    """
     features: list[Tensor] = []
     device = next(cast(nn.Module, encoder).parameters()).device
     for start in range(0, len(pixels), batch_size):
         part = torch.from_numpy(pixels[start : start + batch_size]).to(device)
         images = rearrange(part, "b hh ww c -> b 1 c hh ww").to(torch.get_default_dtype()) / 255
-        features.append(reduce(encoder(images).float(), "b t n d -> b d", "mean"))
+        tokens = encoder(images).float()
+        grid: tuple[int, int, int] | None = getattr(encoder, "grid", None)
+        if cells == 1 or grid is None:
+            features.append(reduce(tokens, "b t n d -> b d", "mean"))
+        else:
+            maps = rearrange(tokens, "b 1 (y x) d -> b d y x", y=grid[1])
+            features.append(F.adaptive_avg_pool2d(maps, cells).flatten(1))
     return torch.cat(features)
 
 
@@ -181,6 +195,17 @@ def standardise(fit_z: Float[Tensor, "n d"], *others: Float[Tensor, "m d"]) -> l
     """Return features with mean 0 and deviation 1 on the first set; a dead one stays 0."""
     mean, std = fit_z.mean(0), fit_z.std(0).clamp(min=1e-6)
     return [(z - mean) / std for z in (fit_z, *others)]
+
+
+def whiten(fit_z: Float[Tensor, "n d"], *others: Float[Tensor, "m d"]) -> list[Tensor]:
+    """Return features with mean 0 and covariance near 1 on the first set.
+
+    Directions of less than a thousandth of the mean variance are left small, not blown up.
+    """
+    mean = fit_z.mean(0)
+    variances, directions = torch.linalg.eigh((fit_z - mean).T @ (fit_z - mean) / len(fit_z))
+    turn = directions / (variances.clamp(min=0) + 1e-3 * variances.mean()).clamp(min=1e-12).sqrt()
+    return [(z - mean) @ turn for z in (fit_z, *others)]
 
 
 def fit_logistic(

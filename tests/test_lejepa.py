@@ -116,7 +116,7 @@ def test_any_encoder_of_images_gets_gradients_everywhere(encoder):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"width": 16, "stages": 2, "blocks": 2, "dim": 24}])
+@pytest.mark.parametrize("options", [{}, {"width": 16, "stages": 2, "blocks": 2}])
 def test_resnet_keeps_its_contract(options):
     check_encoder(ResNetEncoder((1, 3, 32, 32), **options), (1, 3, 32, 32))
 

@@ -57,7 +57,7 @@ def test_a_checkpoint_is_judged_beside_what_costs_nothing(call, data, checkpoint
     names = ["raw pixels", "PCA 64", "random encoder", "supervised", str(checkpoint)]
     assert list(results["features"]) == names
     for row in results["features"].values():
-        assert {"linear", "knn", "1-shot", "10-shot"} == row["class"].keys()
+        assert {"linear", "knn", "white knn", "1-shot", "10-shot"} == row["class"].keys()
         assert row["class"]["linear"]["n"] == results["judged_on"] == 24
         assert 1 <= row["effective_rank"] <= row["dim"]
     assert results["features"]["raw pixels"]["dim"] == 3 * 16 * 16

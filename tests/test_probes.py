@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from jepa_world.encoders.conv import ConvEncoder
+from jepa_world.encoders.vit import ViTEncoder
 from jepa_world.probes import (
     collapse_report,
     effective_rank,
@@ -12,6 +13,7 @@ from jepa_world.probes import (
     knn_probe,
     lidar,
     linear_probe,
+    whiten,
 )
 
 
@@ -107,6 +109,26 @@ def test_nearest_neighbours_vote_and_the_nearer_ones_win_a_tie():
     assert knn_probe(fit_z, fit_y, z, k=1).tolist() == [0, 1]
     assert knn_probe(fit_z, fit_y, z, k=2, block=1).tolist() == [0, 1]
     assert knn_probe(fit_z, fit_y, z, k=99).shape == (2,)
+
+
+def test_whitened_features_have_no_correlation_and_dead_ones_stay_small():
+    z = normal(500, 6) @ normal(6, 6) * 100 + 7
+    z[:, 0] = 3.0
+    fit, other = whiten(z, z[:9])
+    torch.testing.assert_close(fit[:9], other)
+    variances = torch.linalg.eigvalsh(fit.T @ fit / len(fit))
+    assert variances[0] < 0.01 and (variances[1:] - 1).abs().max() < 0.05
+
+
+def test_features_of_cells_keep_their_places():
+    encoder = ViTEncoder((1, 1, 16, 16), patch=4, dim=8, depth=1, heads=2)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), dtype=np.uint8)
+    mean, parts = (image_features(encoder, pixels, cells=cells) for cells in (1, 2))
+    assert parts.shape == (5, 32)
+    torch.testing.assert_close(parts.view(5, 8, 4).mean(2), mean)
+    tokens = encoder(torch.from_numpy(pixels).float().permute(0, 3, 1, 2)[:, None] / 255)
+    top_left = tokens[:, 0].view(5, 4, 4, 8)[:, :2, :2].mean((1, 2))
+    torch.testing.assert_close(parts.view(5, 8, 4)[:, :, 0], top_left)
 
 
 def test_few_shots_are_drawn_anew_and_more_of_them_tell_more():

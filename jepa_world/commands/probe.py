@@ -29,6 +29,7 @@ from jepa_world.probes import (
     knn_probe,
     lidar,
     linear_probe,
+    whiten,
 )
 from jepa_world.registry import UserError, class_path
 from jepa_world.runs import Run
@@ -60,6 +61,9 @@ class Probe:
     """Also train the same encoder with labels, for so many steps of 256 images."""
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Mixed precision of that training; features are judged in float32."""
+    cells: int = 1
+    """Read tokens out as means over so many times so many parts of the image, one behind the other:
+    raw pixels know where things are, the mean of all tokens does not."""
     k: int = 20
     """Neighbours of the k-NN probe."""
     draws: int = 10
@@ -75,7 +79,7 @@ class Probe:
 def run(config: Probe) -> None:
     """Probe; leave results.json and pictures in the run folder."""
     use_one_thread()
-    require_at_least(config, supervised_steps=0, k=1, draws=1, seed=0, image_size=8)
+    require_at_least(config, supervised_steps=0, cells=1, k=1, draws=1, seed=0, image_size=8)
     made = Run.of("probe", config.run_dir)
     training, test = load_images(config.data, size=config.image_size)
     if config.validation:
@@ -86,10 +90,10 @@ def run(config: Probe) -> None:
     part = next((part for _, part in encoders.values()), config.encoder)
     made.open(config)
 
-    known = baselines(training, part, config.seed)
+    known = baselines(training, part, config.seed, cells=config.cells)
     if config.supervised_steps:
         known["supervised"] = supervised(config, training, part, made.folder)
-    known |= {name: _frozen(encoder) for name, (encoder, _) in encoders.items()}
+    known |= {name: _frozen(encoder, config.cells) for name, (encoder, _) in encoders.items()}
     results = {
         name: judge(features, training, test, config)
         for name, features in tqdm(known.items(), "probing")
@@ -131,7 +135,7 @@ def load_encoder(path: Path, images: Images, trusted: tuple[str, ...]) -> tuple[
 
 
 def baselines(
-    training: Images, part: Part, seed: int, *, components: int = 64
+    training: Images, part: Part, seed: int, *, cells: int = 1, components: int = 64
 ) -> dict[str, Features]:
     """Return the features that cost no training: raw pixels, whitened PCA, a random encoder."""
     fit = _raw(training.pixels[:: max(1, len(training) // 10_000)])
@@ -144,7 +148,7 @@ def baselines(
     return {
         "raw pixels": _raw,
         f"PCA {min(components, len(scale))}": lambda pixels: (_raw(pixels) - mean) @ whiten,
-        "random encoder": _frozen(random),
+        "random encoder": _frozen(random, cells),
     }
 
 
@@ -172,12 +176,13 @@ def supervised(config: Probe, training: Images, part: Part, folder: Path) -> Fea
     )
     accelerator = make_accelerator(config.precision, "none", run_dir)
     train(method, read, len(training), how, accelerator=accelerator, run_dir=run_dir)
-    return _frozen(method.eval().encoder)
+    return _frozen(method.eval().encoder, config.cells)
 
 
 def judge(features: Features, training: Images, test: Images, config: Probe) -> dict[str, Any]:
     """Return every measure of one kind of features."""
     fit_z, z = features(training.pixels), features(test.pixels)
+    white = whiten(fit_z, z)
     measured: dict[str, Any] = {
         "dim": z.shape[1],
         "effective_rank": round(effective_rank(z - z.mean(0)), 1),
@@ -189,6 +194,9 @@ def judge(features: Features, training: Images, test: Images, config: Probe) -> 
         measured[factor] = {
             "linear": asdict(Rate.of((linear_probe(*sets) == y).tolist())),
             "knn": asdict(Rate.of((knn_probe(*sets, k=config.k) == y).tolist())),
+            "white knn": asdict(
+                Rate.of((knn_probe(white[0], sets[1], white[1], k=config.k) == y).tolist())
+            ),
         }
         for shots in (1, 10):
             found = few_shot(*sets, y, shots=shots, draws=config.draws, seed=config.seed)
@@ -204,14 +212,15 @@ def judge(features: Features, training: Images, test: Images, config: Probe) -> 
 def print_table(factor: str, results: dict[str, dict[str, Any]]) -> None:
     """Print one line for every kind of features; intervals are Wilson's, 95 %."""
     width = max(map(len, results))
-    print(f"\n{factor:<{width}}  linear (95 %)         k-NN   1-shot 10-shot   dim  rank  LiDAR")
+    heads = "linear (95 %)         k-NN   white   1-shot 10-shot   dim  rank  LiDAR"
+    print(f"\n{factor:<{width}}  {heads}")
     for name, row in results.items():
-        linear, knn = row[factor]["linear"], row[factor]["knn"]
+        linear, knn, white = (row[factor][probe] for probe in ("linear", "knn", "white knn"))
         one, ten = row[factor]["1-shot"]["mean"], row[factor]["10-shot"]["mean"]
         print(
             f"{name:<{width}}  {linear['rate']:.2%} ({linear['low']:.1%}-{linear['high']:.1%})  "
-            f"{knn['rate']:.2%}  {one:.1%}  {ten:.1%}  {row['dim']:>5} {row['effective_rank']:>5} "
-            f"{row['lidar']:>6}"
+            f"{knn['rate']:.2%} {white['rate']:.2%}  {one:.1%}  {ten:.1%}  {row['dim']:>5} "
+            f"{row['effective_rank']:>5} {row['lidar']:>6}"
         )
 
 
@@ -255,9 +264,9 @@ def _views(features: Features, images: Images, seed: int) -> Float[Tensor, "n q 
     return rearrange(features(views.numpy()), "(n q) d -> n q d", n=len(chosen))
 
 
-def _frozen(encoder: Encoder) -> Features:
+def _frozen(encoder: Encoder, cells: int) -> Features:
     cast(nn.Module, encoder).eval()
-    return lambda pixels: image_features(encoder, pixels)
+    return lambda pixels: image_features(encoder, pixels, cells=cells)
 
 
 def _raw(pixels: Pixels) -> Tensor:
