@@ -29,13 +29,13 @@ from jepa_world.methods.ijepa import (
     IJEPA,
     TeacherIJEPA,
     centre_positions,
-    sigreg_between_images,
+    sigreg_of_tokens,
 )
 from jepa_world.methods.world_model import Output
 from jepa_world.nn import Projector, take_tokens
 from jepa_world.predictors.masked import MaskedTransformer
 from jepa_world.probes import effective_rank, few_shot, knn_probe, linear_probe, whiten
-from jepa_world.sigreg import SIGReg
+from jepa_world.sigreg import SIGReg, sigreg
 from jepa_world.training import batch_index, learning_rate
 
 SIDE, PATCH, TOKENS, DIM, BATCH = 28, 7, 16, 64, 128
@@ -129,12 +129,19 @@ def _stop_gradient(n: Networks, batch: Batch) -> Tensor:
 
 
 def _between(n: Networks, z: Tensor, index: Tensor, step: int) -> Tensor:
-    return sigreg_between_images(n.sigreg, centre_positions(z, index, TOKENS), step)
+    """Return SIGReg over pairs of tokens of different images.
+
+    The statistic is a mean over pairs. With A that of all tokens and G the mean of those of each of
+    b images, the pairs between images have the mean (b A - G) / (b - 1).
+    """
+    z = centre_positions(z, index, TOKENS)
+    (b, k), directions = z.shape[:2], n.sigreg.draw(DIM, 64, seed=n.sigreg.seed, step=step)
+    every, own = sigreg(z.flatten(0, 1), directions) / (b * k), sigreg(z, directions) / k
+    return (b * every - own) / (b - 1)
 
 
 def _flat(n: Networks, z: Tensor, index: Tensor, step: int) -> Tensor:
-    tokens = rearrange(centre_positions(z, index, TOKENS), "b k d -> (b k) d")
-    return n.sigreg(tokens, step) / len(tokens)
+    return sigreg_of_tokens(n.sigreg, centre_positions(z, index, TOKENS), step)
 
 
 def flat(n: Networks, batch: Batch, step: int) -> Tensor:

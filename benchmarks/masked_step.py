@@ -4,9 +4,10 @@
 
 Encoder, predictor, masks and data are the same; both step an AdamW. Gradients are cut at the
 latents, so that each part's forward and backward pass is timed by itself: context encoder, target
-pass, predictor, SIGReg (with centring), optimiser (with the moving average of the teacher). One CPU
-thread; the two forms take turns and each part keeps its best CPU time. Memory is the peak resident
-size of a step above what lies there before it (Linux).
+pass, predictor, SIGReg (of tokens with centring, and of the whole with its projector), optimiser
+(with the moving average of the teacher). One CPU thread; the two forms take turns and each part
+keeps its best CPU time. Memory is the peak resident size of a step above what lies there before it
+(Linux).
 """
 
 import ctypes
@@ -28,12 +29,12 @@ from jepa_world.methods.ijepa import (
     IJEPA,
     TeacherIJEPA,
     centre_positions,
-    sigreg_between_images,
+    sigreg_of_tokens,
 )
 from jepa_world.predictors.masked import MaskedTransformer
 from jepa_world.sigreg import SIGReg
 
-ROUNDS = 5
+ROUNDS = 8
 PARTS = ("masks", "context", "target", "predictor", "SIGReg", "optimiser")
 
 
@@ -50,10 +51,10 @@ class Recipe(NamedTuple):
 
 RECIPES = (
     Recipe(
-        "tiny recipe: 28 px, patch 4, ViT 3 x 64, predictor 2 x 32, batch 128",
+        "tiny recipe: 28 px, patch 7, ViT 3 x 64, predictor 2 x 32, batch 128",
         28,
         128,
-        {"patch": 4, "dim": 64, "depth": 3, "heads": 2},
+        {"patch": 7, "dim": 64, "depth": 3, "heads": 2},
         {"width": 32, "depth": 2, "heads": 1},
         64,
     ),
@@ -90,13 +91,18 @@ def step_with_sigreg(
     clock.mark("masks")
     z = method.encoder(video, keep=masks.context)
     clock.mark("context")
-    targets = method.targets(video, masks)
+    targets, mean = method.targets(video, masks)
     clock.mark("target")
     cut = z.detach().requires_grad_()
     (method.predictor(cut, *masks) - targets).square().mean().backward()
     clock.mark("predictor")
     tokens = centre_positions(cut, masks.context, method.encoder.num_tokens)
-    (method.weight * sigreg_between_images(method.sigreg, tokens, step)).backward()
+    weights = method.weights
+    assert method.projector is not None
+    q = method.projector(cut.mean(1))
+    of_tokens = weights["sigreg"] * sigreg_of_tokens(method.sigreg, tokens, step)
+    of_whole = weights["whole"] * (q - mean).square().mean()
+    (of_tokens + of_whole + weights["whole_sigreg"] * method.sigreg(q, step)).backward()
     clock.mark("SIGReg")
     z.backward(cut.grad)
     clock.mark("context")
@@ -139,7 +145,7 @@ def make_steps(recipe: Recipe) -> dict[str, Callable[[int], dict[str, float]]]:
         return encoder, predictor, MultiBlockMasks(encoder.grid)
 
     encoder, predictor, masks = parts()
-    ours = IJEPA(encoder, predictor, SIGReg(slices=recipe.slices), masks, weight=10.0)
+    ours = IJEPA(encoder, predictor, SIGReg(slices=recipe.slices), masks, weight=3.0)
     teacher = TeacherIJEPA(*parts(), steps=1000)
     optimizers = [torch.optim.AdamW(_trained(method)) for method in (ours, teacher)]
     return {

@@ -15,11 +15,11 @@ from jepa_world.methods.ijepa import (
     TeacherIJEPA,
     build_ijepa,
     centre_positions,
-    sigreg_between_images,
+    sigreg_of_tokens,
 )
 from jepa_world.predictors.masked import MaskedTransformer
 from jepa_world.registry import UserError
-from jepa_world.sigreg import SIGReg, random_directions
+from jepa_world.sigreg import SIGReg
 from jepa_world.testing import check_masked_predictor
 
 DESCRIPTION = {
@@ -46,43 +46,33 @@ def built(description):
     return build_ijepa(description)
 
 
-def definition(z, directions):
-    """SIGReg over pairs of different images, by its definition: a loop over all pairs."""
-    t = torch.linspace(0, 3, 17, dtype=z.dtype)
-    phi = torch.exp(-t.square() / 2)
-    weights = torch.full_like(t, 2 * 3 / 16)
-    weights[[0, -1]] /= 2
-    waves = torch.exp(1j * t * (z @ directions).unsqueeze(-1))  # (b k m t)
-    pairs = []
-    for i in range(len(z)):
-        for j in range(len(z)):
-            if i != j:
-                ours, others = waves[i].mean(0), waves[j].mean(0)
-                pairs.append(((ours - phi) * (others - phi).conj()).real @ (weights * phi))
-    return torch.stack(pairs).mean()
-
-
-def test_sigreg_between_images_is_the_mean_over_pairs_of_different_images():
-    z = torch.randn(5, 7, 6, dtype=torch.float64) * 1.5 + 0.3
-    directions = random_directions(6, 32, seed=0, step=4).double()
-    found = sigreg_between_images(SIGReg(slices=32), z, 4)
-    torch.testing.assert_close(found, definition(z, directions), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("alike", [False, True])
-def test_it_has_mean_zero_for_gaussian_images_whether_their_tokens_are_alike_or_not(alike):
-    z = torch.randn(100, 24, 1 if alike else 6, 4).expand(-1, -1, 6, -1)
-    values = torch.stack([sigreg_between_images(SIGReg(slices=16), own, 0) for own in z])
-    assert values.mean().abs() < 4 * values.std() / 10
-    assert values.std() < 0.1
-
-
 def test_it_is_large_for_constant_tokens_and_for_what_positions_alone_tell():
     of_position = torch.randn(1, 9, 8).expand(32, -1, -1)
     index = torch.arange(9).expand(32, -1)
     centred = centre_positions(of_position, index, 9)
     torch.testing.assert_close(centred, torch.zeros(32, 9, 8), atol=1e-5, rtol=0)
-    assert sigreg_between_images(SIGReg(slices=16), centred, 0) > 0.3
+    assert sigreg_of_tokens(SIGReg(slices=16), centred, 0) > 0.3
+
+
+def test_sigreg_of_tokens_does_not_grow_with_their_number():
+    few, many = torch.randn(32, 4, 8) * 2, torch.randn(128, 9, 8) * 2
+    values = [sigreg_of_tokens(SIGReg(slices=256), z, 0).item() for z in (few, many)]
+    assert values[0] == pytest.approx(values[1], rel=0.2)
+
+
+def test_the_two_views_differ_but_are_flipped_alike(monkeypatch):
+    """An image that is dark on the left is so in both views, or bright there in both."""
+    half = torch.zeros(64, 16, 16, 3, dtype=torch.uint8)
+    half[:, :, 8:] = 200
+    method, seen = built(DESCRIPTION), []
+    encode = method.encoder.forward
+    monkeypatch.setattr(
+        method.encoder, "forward", lambda video, keep: (seen.append(video), encode(video, keep))[1]
+    )
+    method({"pixels": half, "index": torch.arange(64)}, step=0)
+    right = [(view[..., 8:].mean((1, 2, 3, 4)) > view[..., :8].mean((1, 2, 3, 4))) for view in seen]
+    assert torch.equal(right[0], right[1]) and 10 < right[0].sum() < 54
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_tokens_are_centred_over_the_images_that_have_them():
@@ -133,7 +123,7 @@ def test_sigreg_alone_keeps_tokens_from_collapsing(weight, collapses):
     encoder = ViTEncoder((1, 3, 16, 16), patch=4, dim=16, depth=1, heads=2)
     predictor = MaskedTransformer(16, encoder.grid, width=16, depth=1, heads=1)
     masks = MultiBlockMasks(encoder.grid)
-    method = IJEPA(encoder, predictor, SIGReg(slices=32), masks, weight=weight)
+    method = IJEPA(encoder, predictor, SIGReg(slices=32), masks, weight=weight, whole=0.0)
     optimizer = torch.optim.Adam(method.parameters(), 3e-3)
     for step in range(40):
         method(batch(), step).loss.backward()

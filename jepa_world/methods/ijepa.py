@@ -4,11 +4,10 @@
                          + whole * ((1 - s) |q - q*|^2 + s * SIGReg(q))
     with teacher: loss = smooth-L1(predict(z_context) - normalise(z_teacher))
 
-z* are tokens of the same encoder where it sees context and target together, without gradient;
-targets and what SIGReg sees are centred at every position over the batch, so that a token cannot
-score with what its position tells. SIGReg compares tokens of different images only: see
-`sigreg_between_images`. q is a projection of the mean context token, q* that of all tokens of the
-target pass: the part foretells the whole. Context and targets may be two views of an image.
+z* are the target tokens as the same encoder sees them together, without gradient; targets and what
+SIGReg sees are centred at every position over the batch, so that a token cannot score with what its
+position tells. q is a projection of the mean context token, q* that of the mean target token: what
+is seen foretells what is hidden as a whole. Context and targets may be two views of an image.
 (I-JEPA, arXiv 2301.08243; SIGReg, 2511.08544. docs/ijepa.md has what else was tried.)
 """
 
@@ -29,7 +28,7 @@ from jepa_world.methods.lejepa import images_from_bytes
 from jepa_world.methods.world_model import Output
 from jepa_world.nn import projection_head, sum_over_processes, take_tokens
 from jepa_world.registry import UserError
-from jepa_world.sigreg import SIGReg, sigreg
+from jepa_world.sigreg import SIGReg
 
 
 class DrawMasks(Protocol):
@@ -62,8 +61,8 @@ class IJEPA(nn.Module):
         sigreg: The regulariser.
         masks: Draws what is seen and what is predicted.
         weight: Of SIGReg of tokens (without the factor N) against the prediction error.
-        whole: Of foretelling the whole image, a LeJEPA loss of projected mean tokens; 0 leaves it
-            out.
+        whole: Of foretelling what is hidden as a whole, a LeJEPA loss of projected mean tokens; 0
+            leaves it out.
         views: Makes the image that is seen and the one that is foretold; without, both are it.
         share: Of SIGReg (which includes the factor N) in the loss of the whole.
 
@@ -97,7 +96,7 @@ class IJEPA(nn.Module):
         self.encoder: Encoder = encoder  # type: ignore[assignment]
         self.predictor: MaskedPredictor = predictor  # type: ignore[assignment]
         self.sigreg, self.masks, self.views = sigreg, masks, views
-        self.projector = projection_head(self.encoder.dim, 512, 64) if whole else None
+        self.projector = projection_head(self.encoder.dim, 128, 64) if whole else None
         self.weights = {"prediction": 1.0, "sigreg": weight}
         if whole:
             self.weights |= {"whole": whole * (1 - share), "whole_sigreg": whole * share}
@@ -111,7 +110,7 @@ class IJEPA(nn.Module):
         tokens = centre_positions(z, masks.context, self.encoder.num_tokens)
         terms = {
             "prediction": (predicted - targets).square().mean(),
-            "sigreg": sigreg_between_images(self.sigreg, tokens, step),
+            "sigreg": sigreg_of_tokens(self.sigreg, tokens, step),
         }
         if self.projector is not None:
             q = _full_precision(self.projector(z.mean(1)))
@@ -124,16 +123,10 @@ class IJEPA(nn.Module):
     def targets(
         self, video: Float[Tensor, "b 1 c hh ww"], masks: Masks
     ) -> tuple[Float[Tensor, "b m d"], Tensor]:
-        """Return the tokens to predict and the projected mean of all tokens of the pass.
-
-        The pass computes the tokens of the two masks only.
-        """
-        keep = torch.cat([masks.target, masks.context], 1)
-        z = _full_precision(self.encoder(video, keep=keep))
-        wanted = z[:, : masks.target.shape[1]]
+        """Return the tokens to predict, all that the pass computes, and their projected mean."""
+        z = _full_precision(self.encoder(video, keep=masks.target))
         mean = z.mean(1) if self.projector is None else self.projector(z.mean(1))
-        centred = centre_positions(wanted, masks.target, self.encoder.num_tokens)
-        return centred, _full_precision(mean)
+        return centre_positions(z, masks.target, self.encoder.num_tokens), _full_precision(mean)
 
 
 class TeacherIJEPA(nn.Module):
@@ -216,24 +209,12 @@ def centre_positions(
     return z - (total / count.clamp(min=1).unsqueeze(1))[index]
 
 
-def sigreg_between_images(
+def sigreg_of_tokens(
     regulariser: SIGReg, z: Float[Tensor, "b k d"], step: int
 ) -> Float[Tensor, ""]:
-    """Return SIGReg, without its factor N, over pairs of tokens of different images.
-
-    The statistic is a mean over pairs of samples. Tokens of one image should be alike where they
-    show one thing, but the pairs of an image push them apart: a Gaussian has no clusters. Let A be
-    the statistic of all tokens and G the mean of those of each image; with b images of the same
-    number of tokens, the pairs between images have the mean (b A - G) / (b - 1), exactly. For
-    independent Gaussian tokens it is 0 on average, and can be negative.
-    """
-    images, tokens = z.shape[:2]
-    directions = regulariser.draw(z.shape[2], regulariser.slices, seed=regulariser.seed, step=step)
-    rule = {"knots": regulariser.knots, "t_max": regulariser.t_max}
-    b = sum_over_processes(z.new_tensor(float(images)))
-    all_pairs = sigreg(rearrange(z, "b k d -> (b k) d"), directions, **rule) / (b * tokens)
-    own_pairs = sigreg(z, directions, **rule, across_processes=False) / tokens
-    return (b * all_pairs - own_pairs) / (b - 1)
+    """Return SIGReg of all tokens of a batch, without its factor N."""
+    tokens = rearrange(z, "b k d -> (b k) d")
+    return regulariser(tokens, step) / sum_over_processes(z.new_tensor(float(len(tokens))))
 
 
 def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
