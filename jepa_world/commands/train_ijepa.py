@@ -22,13 +22,15 @@ class TrainIjepa(ImageTraining):
     Without arguments: generated shapes, and what the features then tell of each factor.
     """
 
-    encoder: Part = Part("vit", {"dim": 64, "depth": 3, "heads": 2, "patch": 4})
+    encoder: Part = Part(
+        "vit", {"dim": 64, "depth": 3, "heads": 2, "patch": 8, "standardise": True}
+    )
     """Maps images to tokens on a grid."""
     masked_predictor: Part = Part("transformer", {"width": 32, "depth": 2, "heads": 1})
     """Maps visible tokens to hidden ones."""
     masks: tuple[float, float] = (0.3, 0.5)
     """Share of the tokens that is seen, and share that is predicted, in blocks."""
-    crop: float = 0.5
+    crop: float = 0.7
     """Least share of the image that a view keeps: the context is seen in one view, targets in
     another. 1, with --colour 0: both in the image itself."""
     colour: float = 0.5
@@ -42,8 +44,8 @@ class TrainIjepa(ImageTraining):
     whole: float = 5.0
     """Weight of foretelling the whole image from the context, with its own SIGReg."""
     steps: int = 1000
-    batch_size: int = 64
-    lr: float = 1e-3
+    batch_size: int = 128
+    lr: float = 2e-3
     weight_decay: float = 5e-2
 
 
