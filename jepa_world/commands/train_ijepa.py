@@ -39,9 +39,9 @@ class TrainIjepa(ImageTraining):
     """none: SIGReg keeps features from collapsing; ema: the published moving average does."""
     momentum: float = 0.996
     """Of the moving average at the first step; rises to 1. For --teacher ema."""
-    sigreg_weight: float = 3.0
+    sigreg_weight: float = 1.0
     """Weight of SIGReg of tokens, without its factor N, against the prediction error."""
-    whole: float = 5.0
+    whole: float = 20.0
     """Weight of foretelling the whole image from the context, with its own SIGReg."""
     steps: int = 1000
     batch_size: int = 128
