@@ -34,7 +34,6 @@ from jepa_world.methods.ijepa import (
 from jepa_world.predictors.masked import MaskedTransformer
 from jepa_world.sigreg import SIGReg
 
-ROUNDS = 8
 PARTS = ("masks", "context", "target", "predictor", "SIGReg", "optimiser")
 
 
@@ -47,6 +46,7 @@ class Recipe(NamedTuple):
     encoder: dict[str, int]
     predictor: dict[str, int]
     slices: int
+    rounds: int
 
 
 RECIPES = (
@@ -57,6 +57,7 @@ RECIPES = (
         {"patch": 7, "dim": 64, "depth": 3, "heads": 2},
         {"width": 32, "depth": 2, "heads": 1},
         64,
+        60,
     ),
     Recipe(
         "ViT-S/16 at 224 px, predictor 6 x 384, batch 8",
@@ -65,6 +66,7 @@ RECIPES = (
         {"patch": 16, "dim": 384, "depth": 12, "heads": 6},
         {"width": 384, "depth": 6, "heads": 12},
         256,
+        8,
     ),
 )
 
@@ -179,7 +181,7 @@ def _resident(field: str) -> int:
 def compare(recipe: Recipe) -> None:
     steps = make_steps(recipe)
     best = {name: dict.fromkeys(PARTS, math.inf) for name in steps}
-    for number in range(ROUNDS + 1):  # the first warms up
+    for number in range(recipe.rounds + 1):  # the first warms up
         for name, run in steps.items():
             seconds = run(number)
             if number:
@@ -189,7 +191,7 @@ def compare(recipe: Recipe) -> None:
     totals = {name: sum(parts.values()) for name, parts in best.items()}
     for name, parts in best.items():
         cells = "".join(f"{parts[part] * 1e3:10.1f}" for part in PARTS)
-        size = peak_megabytes(lambda run=steps[name]: run(ROUNDS + 1))
+        size = peak_megabytes(lambda run=steps[name]: run(recipe.rounds + 1))
         print(f"{name:8}{cells}{totals[name] * 1e3:10.1f}{size:9.0f}", flush=True)
     print(f"a step with SIGReg takes {totals['SIGReg'] / totals['EMA']:.2f} times one with EMA")
 
