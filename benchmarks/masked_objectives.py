@@ -93,7 +93,7 @@ Build = Callable[[Networks, argparse.Namespace], nn.Module]
 
 def _ours(n: Networks, o: argparse.Namespace, **changes: Any) -> IJEPA:
     views = Augmentation.of_strength((o.crop, 1.0), o.colour)
-    settings = {"weight": o.weight, "whole": 5.0, "views": views} | changes
+    settings = {"weight": o.weight, "whole": 5.0, "share": o.share, "views": views} | changes
     return IJEPA(n.encoder, n.predictor, n.sigreg, n.masks, **settings)
 
 
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--ema-lr", type=float, default=1e-3)
     parser.add_argument("--momentum", type=float, default=0.996)
     parser.add_argument("--weight", type=float, default=3.0, help="of SIGReg of tokens, for ours")
+    parser.add_argument("--share", type=float, default=0.04, help="of SIGReg in the whole")
     parser.add_argument("--crop", type=float, default=0.5, help="least share, of two views")
     parser.add_argument("--colour", type=float, default=1.5, help="strength, of two views")
     parser.add_argument("--seeds", type=int, default=1, help="so many, from 0")
