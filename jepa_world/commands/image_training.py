@@ -96,15 +96,7 @@ def quick_probe(
 ) -> dict[str, float]:
     """Return how well features tell each factor: k-NN of classes, R^2 of values."""
     training = training.take(np.arange(min(at_most, len(training))))
-    if not (training.classes or training.values):
-        return {}
-    fit_z, z = (image_features(encoder, images.pixels) for images in (training, held_out))
-    measured: dict[str, float] = {}
-    for name, labels in training.classes.items():
-        predicted = knn_probe(fit_z, torch.from_numpy(labels).to(z.device), z)
-        measured[f"knn_{name}"] = accuracy(predicted, held_out.classes[name])
-    r2 = factor_r2(fit_z, training.values, z, held_out.values)
-    return measured | {f"r2_{name}": value for name, value in r2.items()}
+    return probe_factors(encoder, training, held_out, knn_probe, "knn_{}", "r2_{}")
 
 
 def beside_a_random_encoder(
@@ -121,19 +113,22 @@ def beside_a_random_encoder(
     return rows
 
 
-def probe_factors(encoder: Encoder, training: Images, test: Images) -> dict[str, float]:
-    """Return the accuracy of a linear probe for every class, and R^2 for every value."""
+def probe_factors(
+    encoder: Encoder,
+    training: Images,
+    test: Images,
+    classify: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_probe,
+    class_name: str = "linear {}",
+    value_name: str = "R^2 {}",
+) -> dict[str, float]:
+    """Return the accuracy of a probe for every class, and R^2 of a linear one for every value."""
     if not (training.classes or training.values):
         return {}
     fit_z, z = (image_features(encoder, images.pixels) for images in (training, test))
     measured: dict[str, float] = {}
     for name, labels in training.classes.items():
-        predicted = linear_probe(fit_z, torch.from_numpy(labels).to(z.device), z)
-        measured[f"linear {name}"] = accuracy(predicted, test.classes[name])
+        predicted = classify(fit_z, torch.from_numpy(labels).to(z.device), z).cpu().numpy()
+        right = float((predicted == test.classes[name]).mean())
+        measured[class_name.format(name)] = round(right, 4)
     r2 = factor_r2(fit_z, training.values, z, test.values)
-    return measured | {f"R^2 {name}": value for name, value in r2.items()}
-
-
-def accuracy(predicted: Int[Tensor, " n"], labels: Int[np.ndarray, " n"]) -> float:
-    """Return the share of classes that are right."""
-    return round(float((predicted.cpu().numpy() == labels).mean()), 4)
+    return measured | {value_name.format(name): value for name, value in r2.items()}
