@@ -162,3 +162,12 @@ def test_a_shape_is_painted_in_its_colour_at_its_place_in_its_size():
         np.testing.assert_allclose(centre, images.values["position"][i], atol=0.02)
         side = 1.5 * images.values["size"][i, 0]
         assert found.mean() == pytest.approx(side**2, rel=0.15)
+
+
+def test_a_picture_of_too_many_pixels_is_skipped_and_named(tmp_path, monkeypatch):
+    for number in range(2):
+        size = (20 + 60 * number, 20)
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    training, _ = load_images(tmp_path, size=16, damaged=0.9)
+    assert len(training) == 1 and "1.png" in training.skipped[0] and "bomb" in training.skipped[0]

@@ -24,6 +24,10 @@ from PIL import Image
 from jepa_world.registry import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
+UNREADABLE = (  # what PIL raises
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
+    Image.DecompressionBombError,
+)
 SMALLEST = 8  # pixels a side: less is an icon or a mistake
 
 
@@ -153,7 +157,7 @@ def _from_pictures(
         try:
             pictures.append(_decode(content, size))
             names.append(name)
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        except UNREADABLE as error:
             skipped.append(f"{name} ({error})")
     if not names and not skipped:
         raise UserError(f"no pictures in {str(path)!r}: looked for {' '.join(sorted(SUFFIXES))}")
