@@ -12,6 +12,7 @@ import gzip
 import io
 import struct
 import tarfile
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -171,7 +172,10 @@ def _from_pictures(
 
 def _decode(content: bytes, size: int) -> UInt8[np.ndarray, "hh ww c"]:
     """Return a picture as RGB on white, its middle square scaled to `size` pixels."""
-    with Image.open(io.BytesIO(content)) as image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIL refuses real bombs
+        opened = Image.open(io.BytesIO(content))
+    with opened as image:
         if min(image.size) < SMALLEST:
             raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, fewer than {SMALLEST}")
         image = image.convert("RGBA")
