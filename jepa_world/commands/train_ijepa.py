@@ -36,7 +36,8 @@ class TrainIjepa(ImageTraining):
     colour: float = 0.5
     """Strength of jitter, greying, blur and solarising of the views; 1 is for photographs."""
     teacher: Literal["none", "ema"] = "none"
-    """none: SIGReg keeps features from collapsing; ema: the published moving average does."""
+    """none: SIGReg keeps features from collapsing; ema: a moving average does, as published with
+    --crop 1 --colour 0."""
     momentum: float = 0.996
     """Of the moving average at the first step; rises to 1. For --teacher ema."""
     sigreg_weight: float = 1.0
