@@ -15,6 +15,9 @@ from jepa_world.registry import UserError
 from jepa_world.testing import check_masked_predictor
 
 
+MOMENTUM = 0.996  # of the published teacher at the first step; rises to 1
+
+
 @dataclass(frozen=True)
 class TrainIjepa(ImageTraining):
     """Train an encoder on images without labels: error of hidden tokens + weight * SIGReg.
@@ -30,20 +33,16 @@ class TrainIjepa(ImageTraining):
     """Maps visible tokens to hidden ones."""
     masks: tuple[float, float] = (0.3, 0.5)
     """Share of the tokens that is seen, and share that is predicted, in blocks."""
-    crop: float = 0.7
-    """Least share of the image that a view keeps: the context is seen in one view, targets in
-    another. 1, with --colour 0: both in the image itself."""
-    colour: float = 0.5
-    """Strength of jitter, greying, blur and solarising of the views; 1 is for photographs."""
+    views: tuple[float, float] = (0.7, 0.5)
+    """The context is seen in one view of the image, targets in another: least share of the image
+    that a view keeps, and strength of jitter, greying, blur and solarising. 1 0: the image itself
+    in both places."""
     teacher: Literal["none", "ema"] = "none"
     """none: SIGReg keeps features from collapsing; ema: a moving average does, as published with
-    --crop 1 --colour 0."""
-    momentum: float = 0.996
-    """Of the moving average at the first step; rises to 1. For --teacher ema."""
-    sigreg_weight: float = 1.0
-    """Weight of SIGReg of tokens, without its factor N, against the prediction error."""
-    whole: float = 20.0
-    """Weight of foretelling the whole image from the context, with its own SIGReg."""
+    --views 1 0."""
+    weights: tuple[float, float] = (1.0, 20.0)
+    """Weights against the error of tokens: of SIGReg of tokens, without its factor N, and of
+    foretelling the hidden part as a whole, with a SIGReg of its own."""
     steps: int = 1000
     batch_size: int = 128
     lr: float = 2e-3
@@ -53,16 +52,16 @@ class TrainIjepa(ImageTraining):
 def run(config: TrainIjepa) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
     check(config)
-    context, target = config.masks
-    teacher = {"momentum": config.momentum, "steps": config.steps}
+    (context, target), (crop, colour), (weight, whole) = config.masks, config.views, config.weights
+    teacher = {"momentum": MOMENTUM, "steps": config.steps}
     own = {
         "method": "ijepa",
         "masked_predictor": to_dict(config)["masked_predictor"],
         "masks": {"context": context, "target": target},
         "teacher": teacher if config.teacher == "ema" else None,
-        "views": {"crop": config.crop, "colour": config.colour},
-        "whole": config.whole,
-        "sigreg": {"slices": 64, "seed": config.seed, "weight": config.sigreg_weight},
+        "views": {"crop": crop, "colour": colour},
+        "whole": whole,
+        "sigreg": {"slices": 64, "seed": config.seed, "weight": weight},
     }
     train_on_images("train_ijepa", config, checked_ijepa, own, draw_masks)
 
@@ -90,9 +89,8 @@ def check(config: TrainIjepa) -> None:
         UserError: naming the flag, the number and what is allowed.
     """
     require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
-    require_at_least(config, lr=0, weight_decay=0, sigreg_weight=0, seed=0, image_size=8)
-    require_at_least(config, whole=0, colour=0)
-    if not 0 < config.crop <= 1:
-        raise UserError(f"--crop is {config.crop}: give a share in (0, 1]")
-    if not 0 <= config.momentum <= 1:
-        raise UserError(f"--momentum is {config.momentum}: give a number in [0, 1]")
+    require_at_least(config, lr=0, weight_decay=0, seed=0, image_size=8)
+    if not (0 < config.views[0] <= 1 and config.views[1] >= 0):
+        raise UserError(f"--views {config.views}: give a share in (0, 1] and a strength from 0 on")
+    if min(config.weights) < 0:
+        raise UserError(f"--weights {config.weights}: give two numbers from 0 on")
