@@ -14,7 +14,6 @@ from jepa_world.pictures import mask_picture
 from jepa_world.registry import UserError
 from jepa_world.testing import check_masked_predictor
 
-
 MOMENTUM = 0.996  # of the published teacher at the first step; rises to 1
 
 
