@@ -42,10 +42,8 @@ SIDE, PATCH, TOKENS, DIM, BATCH = 28, 7, 16, 64, 128
 
 
 class Batch(NamedTuple):
-    """Images as bytes, channels last, as one clip each, and masks."""
+    """Images as clips of one frame, and masks."""
 
-    pixels: Tensor
-    index: Tensor
     video: Tensor
     masks: Masks
 
@@ -83,7 +81,7 @@ class Objective(nn.Module):
         """Return the loss of a batch."""
         video = rearrange(batch["pixels"].float() / 255, "b y x c -> b 1 c y x")
         masks = self.n.masks(batch["index"], step)
-        value = self.loss(self.n, Batch(batch["pixels"], batch["index"], video, masks), step)
+        value = self.loss(self.n, Batch(video, masks), step)
         return Output(value, {}, value.detach())
 
 
@@ -301,8 +299,8 @@ def main() -> None:
             encoder, steps, cpu = train(name, images[:45_000], options, seed)
             tokens = [tokens_of(encoder, images[part]) for part in (fit, held)]
             image, position = shares(tokens[0][:2000])
-            mean = judge(*(part.mean(1) for part in tokens), *y)
-            parts = judge(*map(cells_of, tokens), *y)
+            mean = judge(tokens[0].mean(1), tokens[1].mean(1), *y)
+            parts = judge(cells_of(tokens[0]), cells_of(tokens[1]), *y)
             print(
                 f"{name:20} {seed:4} {cpu:5.0f} {steps:5} | {mean} | {parts} "
                 f"| {image:.2f} {position:.2f}",

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -79,9 +80,7 @@ def neighbour_picture(
     return figure
 
 
-def _show(axis: object, picture: UInt8[np.ndarray, "hh ww c"]) -> None:
-    grey = picture.shape[2] == 1
-    axis.imshow(
-        picture[..., 0] if grey else picture, cmap="gray" if grey else None, vmin=0, vmax=255
-    )  # type: ignore[attr-defined]
-    axis.axis("off")  # type: ignore[attr-defined]
+def _show(axis: Axes, picture: UInt8[np.ndarray, "hh ww c"]) -> None:
+    shown, colours = (picture[..., 0], "gray") if picture.shape[2] == 1 else (picture, None)
+    axis.imshow(shown, cmap=colours, vmin=0, vmax=255)
+    axis.axis("off")

@@ -104,7 +104,7 @@ def check_masked_predictor(predictor: nn.Module, dim: int, grid: tuple[int, int,
     with _probe(predictor) as (probe, generator), torch.no_grad():
         _shake(probe, generator)
         order = torch.rand(3, length, generator=generator).argsort(1).to(_device(probe))
-        seen, unseen = order.split([length // 2, length - length // 2], 1)
+        seen, unseen = order[:, : length // 2], order[:, length // 2 :]
         context = torch.randn(*seen.shape, dim, generator=generator).to(_device(probe))
 
         def predict(context: Tensor, seen: Tensor, unseen: Tensor) -> Tensor:

@@ -66,9 +66,10 @@ def test_the_two_views_differ_but_are_flipped_alike(monkeypatch):
     half = torch.zeros(64, 16, 16, 3, dtype=torch.uint8)
     half[:, :, 8:] = 200
     method, seen = built(DESCRIPTION), []
-    encode = method.encoder.forward
+    encoder = method.get_submodule("encoder")
+    encode = encoder.forward
     monkeypatch.setattr(
-        method.encoder, "forward", lambda video, keep: (seen.append(video), encode(video, keep))[1]
+        encoder, "forward", lambda video, keep: (seen.append(video), encode(video, keep))[1]
     )
     method({"pixels": half, "index": torch.arange(64)}, step=0)
     right = [(view[..., 8:].mean((1, 2, 3, 4)) > view[..., :8].mean((1, 2, 3, 4))) for view in seen]

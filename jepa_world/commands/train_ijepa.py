@@ -77,8 +77,8 @@ def draw_masks(folder: Path, method: IJEPA | TeacherIJEPA, images: Images) -> No
     """Draw what is seen and what is predicted of the first images, as `masks.png`."""
     pixels = images.pixels[:8]
     masks = method.masks(torch.arange(len(pixels)), 0)
-    grid = method.get_submodule("encoder").grid[1:]  # type: ignore[index]
-    mask_picture(pixels, masks, grid).savefig(folder / "masks.png", dpi=120)
+    encoder: Any = method.encoder
+    mask_picture(pixels, masks, encoder.grid[1:]).savefig(folder / "masks.png", dpi=120)
 
 
 def check(config: TrainIjepa) -> None:
