@@ -27,8 +27,8 @@ WEIGHTS, RATES, WIDTHS = (0.005, 0.02, 0.08, 0.3), (5e-4, 2e-3), (16, 24)
 
 def spearman(x: list[float], y: list[float]) -> float:
     """Return the correlation of the ranks; there are no ties among real numbers."""
-    ranks = np.stack([np.argsort(np.argsort(values)) for values in (x, y)])
-    return float(np.corrcoef(ranks)[0, 1])
+    one, two = (np.argsort(np.argsort(values)) for values in (x, y))
+    return float(np.corrcoef(one, two)[0, 1])
 
 
 def main() -> None:
