@@ -116,7 +116,7 @@ def linear_probe_r2(
     def with_bias(features: Tensor) -> Tensor:
         return torch.cat([features, features.new_ones(len(features), 1)], dim=1).double().cpu()
 
-    readout = torch.linalg.lstsq(with_bias(fit_z), fit_y.double().cpu(), driver="gelsy").solution
+    readout = torch.linalg.lstsq(with_bias(fit_z), fit_y.double().cpu(), driver="gelsd").solution
     y = y.double().cpu()
     left = (y - with_bias(z) @ readout).square().sum(0)
     return 1 - left / (y - y.mean(0)).square().sum(0)

@@ -13,6 +13,7 @@ from jepa_world.probes import (
     knn_probe,
     lidar,
     linear_probe,
+    linear_probe_r2,
     whiten,
 )
 
@@ -153,3 +154,12 @@ def test_features_of_images_do_not_depend_on_the_batch_they_are_read_in():
     z = image_features(encoder, pixels)
     assert z.shape == (7, 8)
     torch.testing.assert_close(image_features(encoder, pixels, batch_size=3), z)
+
+
+def test_a_read_out_of_features_of_which_some_are_dead_or_double_is_that_of_the_others():
+    z, spoiled = normal(300, 4), torch.zeros(300, 9)
+    spoiled[:, [0, 3, 5, 8]], spoiled[:, 6] = z, z[:, 1]
+    y = torch.stack([z[:, 0] - 2 * z[:, 3], z[:, 1] + normal(300)], 1)
+    found, expected = (linear_probe_r2(x[:200], y[:200], x[200:], y[200:]) for x in (spoiled, z))
+    torch.testing.assert_close(found, expected)
+    assert found[0] == pytest.approx(1) and 0.2 < found[1] < 0.9
