@@ -129,15 +129,9 @@ def random_numbers(
 
 def flip_together(numbers: Float[Tensor, "v b k"]) -> Float[Tensor, "v b k"]:
     """Give all views of a sample the flip of the first: left stays left between them."""
-    flip = _NAMES.index("flip")
-    return torch.cat(
-        [
-            numbers[..., :flip],
-            numbers[:1, :, flip : flip + 1].expand(len(numbers), -1, -1),
-            numbers[..., flip + 1 :],
-        ],
-        2,
-    )
+    flip, shared = _NAMES.index("flip"), numbers.clone()
+    shared[..., flip] = numbers[0, :, flip]
+    return shared
 
 
 def _between(u: Tensor, low: float, high: float) -> Tensor:
