@@ -194,7 +194,7 @@ def architecture_of(
             f"{length} positions of patches of {patch} do not make an image of {size}: give "
             "image_size=(height, width)"
         )
-    published = {width: number for width, _, number in SIZES.values()}
+    published = {width: number for width, _, number, _ in SIZES.values()}
     if heads is None and dim not in published:
         raise ValueError(f"width {dim} is none of the published {sorted(published)}: give heads=")
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}

@@ -1,4 +1,4 @@
-"""Vision transformers over patches of a clip, with fixed sine-cosine positions.
+"""Vision transformers over patches of a clip, with fixed sine-cosine or rotary positions.
 
 `ViTEncoder` returns patch tokens, `PooledViTEncoder` one vector for every time step. Neither has a
 CLS token. (ViT, https://arxiv.org/abs/2010.11929, section 3.1; tubelets as in V-JEPA,
@@ -12,15 +12,23 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jepa_world.nn import Block, Projector, sincos_positions, take_tokens
+from jepa_world.nn import (
+    Block,
+    Projector,
+    grid_index,
+    rotary_positions,
+    sincos_positions,
+    take_tokens,
+)
 
-Size = Literal["tiny", "small", "base", "large", "huge"]
-SIZES: dict[Size, tuple[int, int, int]] = {  # width, depth, heads
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
+Size = Literal["tiny", "small", "base", "large", "huge", "giant"]
+SIZES: dict[Size, tuple[int, int, int, float]] = {  # width, depth, heads, mlp_ratio
+    "tiny": (192, 12, 3, 4.0),
+    "small": (384, 12, 6, 4.0),
+    "base": (768, 12, 12, 4.0),
+    "large": (1024, 24, 16, 4.0),
+    "huge": (1280, 32, 16, 4.0),
+    "giant": (1408, 40, 22, 48 / 11),
 }
 FAINT = 0.05  # added to the deviation of a clip: noise of an empty one is not blown up
 
@@ -39,12 +47,16 @@ class ViTEncoder(nn.Module):
         dim: Width of the tokens, in place of the preset's.
         depth: Number of blocks, in place of the preset's.
         heads: Attention heads, in place of the preset's.
-        mlp_ratio: Width of a block's hidden layer, as a multiple of the tokens' width.
+        mlp_ratio: Width of a block's hidden layer, as a multiple of the tokens' width, in place of
+            the preset's.
+        positions: Added to the patches (I-JEPA, V-JEPA), or turning queries and keys in every block
+            (V-JEPA 2).
         standardise: Bring every clip to mean 0 and deviation 1 first: brightness and contrast of
             the whole are not seen then.
 
     Raises:
-        ValueError: the clip does not divide into patches, or the width into heads.
+        ValueError: the clip does not divide into patches, or the width into heads; heads too narrow
+            for rotary positions.
 
     Example:
         >>> import torch
@@ -56,7 +68,7 @@ class ViTEncoder(nn.Module):
         torch.Size([2, 3, 64])
     """
 
-    positions: Tensor
+    positions: Tensor  # (l d) to be added, or (2 l e) of rotary positions
 
     def __init__(
         self,
@@ -68,7 +80,8 @@ class ViTEncoder(nn.Module):
         dim: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: float | None = None,
+        positions: Literal["sincos", "rotary"] = "sincos",
         standardise: bool = False,
     ) -> None:
         super().__init__()
@@ -78,16 +91,17 @@ class ViTEncoder(nn.Module):
                 f"a clip of {frames} x {rows} x {columns} (frames, rows, columns) does not divide "
                 f"into patches of {tubelet} x {patch} x {patch}"
             )
-        preset_dim, preset_depth, preset_heads = SIZES[size]
+        preset_dim, preset_depth, preset_heads, preset_ratio = SIZES[size]
         self.dim, self.heads = dim or preset_dim, heads or preset_heads
         self.grid = (frames // tubelet, rows // patch, columns // patch)
         self.num_tokens = self.grid[1] * self.grid[2]
         self.patch, self.tubelet, self.standardise = patch, tubelet, standardise
         self.embed = nn.Linear(tubelet * patch * patch * channels, self.dim)
-        axes = self.grid if self.grid[0] > 1 else self.grid[1:]
-        self.register_buffer("positions", sincos_positions(self.dim, *axes), persistent=False)
+        self.rotates = positions == "rotary"
+        self.register_buffer("positions", self._positions(), persistent=False)
         self.blocks = nn.ModuleList(
-            Block(self.dim, self.heads, mlp_ratio=mlp_ratio) for _ in range(depth or preset_depth)
+            Block(self.dim, self.heads, mlp_ratio=mlp_ratio or preset_ratio)
+            for _ in range(depth or preset_depth)
         )
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
         self.apply(_initialise)
@@ -118,16 +132,22 @@ class ViTEncoder(nn.Module):
             std, mean = torch.std_mean(patches, (1, 2), keepdim=True)
             patches = (patches - mean) / (std + FAINT)
         if keep is not None:
-            return self._encode(take_tokens(patches, keep), self.positions[keep])
+            return self._encode(take_tokens(patches, keep), self.positions[..., keep, :])
         tokens = self._encode(patches, self.positions)
         return rearrange(
             tokens, "(b clip) (t n) d -> b (clip t) n d", b=len(video), n=self.num_tokens
         )
 
+    def _positions(self) -> Tensor:
+        if self.rotates:
+            return rotary_positions(self.dim // self.heads, grid_index(*self.grid))
+        return sincos_positions(self.dim, *(self.grid if self.grid[0] > 1 else self.grid[1:]))
+
     def _encode(self, patches: Tensor, positions: Tensor) -> Tensor:
-        x = self.embed(patches) + positions
+        x = self.embed(patches).to(positions.dtype)  # the sum of all blocks, whole under autocast
+        x, rotary = (x, positions) if self.rotates else (x + positions, None)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotary=rotary)
         return self.norm(x)
 
 

@@ -1,12 +1,13 @@
 """Building blocks shared by encoders, predictors and methods."""
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -132,10 +133,32 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, dim)
 
     def forward(
-        self, x: Float[Tensor, "b l d"], mask: Tensor | None = None
+        self,
+        x: Float[Tensor, "b l d"],
+        mask: Tensor | None = None,
+        rotary: Tensor | None = None,
     ) -> Float[Tensor, "b l d"]:
-        """Attend from every position to every position, or to those where `mask` (l, l) is true."""
-        q, k, v = rearrange(self.qkv(x), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        """Attend from every position to every position, or to those where `mask` (l, l) is true.
+
+        `rotary` turns queries and keys: see `rotary_positions`.
+        """
+        return self.attend(*self.project(x, rotary), mask)
+
+    def project(
+        self, x: Float[Tensor, "b l d"], rotary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values `(b h l e)`, the first two turned by `rotary`."""
+        qkv = rearrange(self.qkv(x), "b l (three h e) -> three b h l e", three=3, h=self.heads)
+        if rotary is None:
+            q, k, v = qkv
+            return q, k, v
+        q, k = rotate(qkv[:2], rotary)
+        return q, k, qkv[2]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Float[Tensor, "b l d"]:
+        """Return what `project`'s queries find among keys and values, projected to tokens."""
         dropout = self.dropout if self.training else 0.0
         attend = _attend_in_float32 if q.is_cpu else F.scaled_dot_product_attention
         y = attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=self.causal)
@@ -186,11 +209,17 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = Attention(dim, heads, causal=causal, dropout=dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout=dropout)
+        hidden = math.floor(dim * mlp_ratio + 1e-6)  # a ratio such as 419 / 96 gives 419
+        self.mlp = MLP(dim, hidden, dropout=dropout)
 
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
-        """Return tokens that have exchanged information."""
-        x = x + self.attention(self.norm1(x))
+    def forward(
+        self,
+        x: Float[Tensor, "b l d"],
+        mask: Tensor | None = None,
+        rotary: Tensor | None = None,
+    ) -> Float[Tensor, "b l d"]:
+        """Return tokens that have exchanged information, where `mask` (l, l) is true."""
+        x = x + self.attention(self.norm1(x), mask, rotary)
         return x + self.mlp(self.norm2(x))
 
 
@@ -294,6 +323,51 @@ def sincos_positions(dim: int, *shape: int) -> Float[Tensor, "l d"]:
     angles = [axis.flatten()[:, None] * omega for axis in reversed(axes)]
     positions = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], -1)
     return F.pad(positions, (0, dim - positions.shape[-1])).float()
+
+
+def grid_index(*shape: int) -> Int[Tensor, "l axes"]:
+    """Return the place of every cell of a grid on each of its axes, in raster order."""
+    axes = torch.meshgrid(*(torch.arange(length) for length in shape), indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes], -1)
+
+
+def rotary_positions(head_dim: int, index: Int[Tensor, "l axes"]) -> Float[Tensor, "two l e"]:
+    """Return cosines and sines that turn the channels of a head by the places `index`.
+
+    Every axis (time, row, column) has e = 2 ((head_dim / axes) / 2) channels, divisions rounded
+    down; the rest is not turned. Of the k = e / 2 frequencies w_i = 10000^(-i / k), channel c has
+    number c mod k, as the published weights need it, although `rotate` pairs neighbours: with
+    different angles in a pair, attention depends on places, not on their differences alone.
+    (V-JEPA 2, https://arxiv.org/abs/2506.09985, section 2.1.)
+
+    Raises:
+        ValueError: fewer than two channels for an axis, or an odd number in all.
+    """
+    axes = index.shape[-1]
+    pairs = head_dim // axes // 2
+    if pairs == 0 or head_dim % 2:
+        raise ValueError(
+            f"heads of {head_dim} channels have no rotary positions on {axes} axes: give an even "
+            f"width of a head, at least {2 * axes}"
+        )
+    omega = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles = repeat(index.double()[..., None] * omega, "l axes k -> l (axes twice k)", twice=2)
+    angles = F.pad(angles, (0, head_dim - angles.shape[-1]))
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(
+    x: Float[Tensor, "... b h l e"], rotary: Float[Tensor, "two ... l e"]
+) -> Float[Tensor, "... b h l e"]:
+    """Turn the channels of each pair of neighbours: x cos + (-x_2, x_1) sin.
+
+    `rotary` is that of `rotary_positions`, `(2 l e)` for all samples or `(2 b l e)` for each. The
+    turning is done in its precision.
+    """
+    cos, sin = rotary.unsqueeze(-3)  # the heads of a sample share it
+    left, right = rearrange(x, "... (e two) -> two ... e", two=2)
+    partner = rearrange([-right, left], "two ... e -> ... (e two)")
+    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
 
 
 def take_tokens(tokens: Float[Tensor, "b l d"], index: Tensor) -> Float[Tensor, "b k d"]:

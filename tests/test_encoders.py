@@ -18,9 +18,14 @@ SMALL_VIT: dict[str, Any] = {"depth": 2, "heads": 2}
         (ConvEncoder((1, 6, 40, 56), dim=8, width=4, hidden=16), (1, 6, 40, 56)),
         (ViTEncoder(FRAME, dim=64, **SMALL_VIT), FRAME),
         (ViTEncoder((4, 3, 16, 24), tubelet=2, dim=64, **SMALL_VIT), (4, 3, 16, 24)),
+        (ViTEncoder(FRAME, dim=64, positions="rotary", **SMALL_VIT), FRAME),
+        (
+            ViTEncoder((4, 3, 16, 24), tubelet=2, dim=64, positions="rotary", **SMALL_VIT),
+            (4, 3, 16, 24),
+        ),
         (PooledViTEncoder(FRAME, width=64, **SMALL_VIT), FRAME),
     ],
-    ids=["conv", "conv-mlp", "vit", "vit-clip", "vit-pooled"],
+    ids=["conv", "conv-mlp", "vit", "vit-clip", "vit-rotary", "vit-rotary-clip", "vit-pooled"],
 )
 def test_encoder_keeps_its_contract(encoder, shape):
     check_encoder(encoder, shape)
@@ -53,6 +58,29 @@ def test_vit_computes_kept_tokens_from_their_own_pixels_only():
     changed = video.clone()
     changed[..., 16:, :] = 0.0  # patches 8 to 15
     torch.testing.assert_close(encoder(changed, keep=keep), encoder(video, keep=keep))
+
+
+def test_vit_with_rotary_positions_sees_a_frame_as_the_first_of_a_clip():
+    options: dict[str, Any] = SMALL_VIT | {"dim": 64, "positions": "rotary"}
+    image, clip = (ViTEncoder((t, 3, 16, 24), **options).eval() for t in (1, 3))
+    image.load_state_dict(clip.state_dict())
+    video, first = torch.rand(2, 3, 3, 16, 24), torch.arange(6).expand(2, -1)
+    torch.testing.assert_close(clip(video, keep=first), image(video[:, :1])[:, 0])
+
+
+def test_vit_with_rotary_positions_under_autocast_keeps_whole_sums():
+    encoder = ViTEncoder(FRAME, dim=64, positions="rotary", **SMALL_VIT).eval()
+    video = torch.rand(2, *FRAME)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = encoder(video)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, encoder(video), atol=0.05, rtol=0.05)
+
+
+def test_vit_giant_is_that_of_v_jepa_2():
+    with torch.device("meta"):
+        encoder = ViTEncoder((16, 3, 256, 256), size="giant", patch=16, tubelet=2, depth=1)
+    assert encoder.state_dict()["blocks.0.mlp.0.weight"].shape == (6144, 1408)
 
 
 def test_vit_positions_tell_equal_patches_apart():

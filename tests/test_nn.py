@@ -10,6 +10,9 @@ from jepa_world.nn import (
     BatchNorm,
     Block,
     Projector,
+    grid_index,
+    rotary_positions,
+    rotate,
     sincos_positions,
     take_tokens,
 )
@@ -87,6 +90,38 @@ def test_positions_of_a_clip_are_distinct_and_raster_ordered():
     assert torch.equal(positions.view(2, 3, 4, 20)[:, 1, 2, :12], positions[[6, 18], :12])
     with pytest.raises(ValueError, match="dim 4 is too small for positions on 3 axes"):
         sincos_positions(4, 2, 2, 2)
+
+
+def test_rotary_positions_are_the_published_form_with_repeated_frequencies():
+    x, index = torch.randn(2, 1, 4, 10), torch.tensor([[0, 0], [1, 0], [0, 2], [5, 3]])
+    turned = rotate(x, rotary_positions(10, index))
+    for place, (row, column) in enumerate(index.tolist()):
+        for c in range(8):  # two frequencies on each axis; two channels are not turned
+            angle = torch.tensor((row if c < 4 else column) * 10000.0 ** (-(c % 2) / 2))
+            partner = -x[:, 0, place, c + 1] if c % 2 == 0 else x[:, 0, place, c - 1]
+            expected = x[:, 0, place, c] * angle.cos() + partner * angle.sin()
+            torch.testing.assert_close(turned[:, 0, place, c], expected)
+    assert torch.equal(turned[..., 8:], x[..., 8:]) and torch.equal(turned[:, :, 0], x[:, :, 0])
+
+
+def test_rotary_positions_give_each_axis_an_even_share_of_a_head():
+    cos, sin = rotary_positions(64, grid_index(2, 3, 4))
+    assert cos.shape == (24, 64) and bool((cos[:, 60:] == 1).all() and (sin[:, 60:] == 0).all())
+    by_axis = sin.view(2, 3, 4, 64)
+    assert torch.equal(by_axis[:, 0, 0, :20], by_axis[:, 2, 3, :20])
+    assert torch.equal(by_axis[0, :, 0, 20:40], by_axis[1, :, 3, 20:40])
+    assert torch.equal(by_axis[0, 0, :, 40:], by_axis[1, 2, :, 40:])
+    for narrow in (4, 9):
+        with pytest.raises(ValueError, match=f"heads of {narrow} channels .* at least 6"):
+            rotary_positions(narrow, grid_index(1, 1, 1))
+
+
+def test_attention_with_rotary_positions_does_not_depend_on_the_order_of_tokens():
+    block, x, order = Block(24, 2), torch.randn(2, 6, 24), torch.rand(2, 6).argsort(1)
+    rotary = rotary_positions(12, grid_index(1, 2, 3))
+    given = block(take_tokens(x, order), rotary=rotary[:, order])
+    torch.testing.assert_close(given, take_tokens(block(x, rotary=rotary), order))
+    assert not torch.allclose(block(x, rotary=rotary), block(x))
 
 
 def test_take_tokens_takes_per_sample():

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from jepa_world.predictors.adaln import AdaLNPredictor
+from jepa_world.predictors.masked import MaskedTransformer
 from jepa_world.predictors.mlp import MLPPredictor
-from jepa_world.testing import check_predictor
+from jepa_world.testing import check_masked_predictor, check_predictor
 
 PREDICTORS = {
     "mlp": lambda: MLPPredictor(8, 2, width=32),
@@ -95,3 +96,23 @@ def test_predictor_learns_linear_dynamics(name):
         optimizer.step()
         errors.append(loss.item())
     assert errors[-1] < 0.2 * errors[0]  # the first is that of a copy
+
+
+@pytest.mark.parametrize("grid", [(1, 3, 4), (2, 2, 3)], ids=["image", "clip"])
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+@pytest.mark.parametrize("mask_tokens", [1, 3])
+def test_masked_predictor_keeps_its_contract(grid, positions, mask_tokens):
+    options = {"width": 32, "depth": 1, "heads": 2, "positions": positions}
+    check_masked_predictor(MaskedTransformer(8, grid, **options, mask_tokens=mask_tokens), 8, grid)
+
+
+def test_masked_predictor_asks_by_the_mask_token_that_is_chosen():
+    predictor = MaskedTransformer(8, (1, 2, 3), width=12, depth=1, heads=2, mask_tokens=3).eval()
+    given = torch.randn(2, 2, 8), torch.tensor([[0, 1], [2, 5]]), torch.tensor([[3], [1]])
+    one, other = (predictor(*given, mask_token=number) for number in (0, 2))
+    assert not torch.allclose(one, other)
+    with torch.no_grad():
+        predictor.mask_token[2] = predictor.mask_token[0]
+    torch.testing.assert_close(predictor(*given, mask_token=2), one)
+    with pytest.raises(ValueError, match="needs a mask token, got mask_tokens=0"):
+        MaskedTransformer(8, (1, 2, 3), mask_tokens=0)
