@@ -8,6 +8,7 @@ https://arxiv.org/abs/2404.08471, section 3.)
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class ViTEncoder(nn.Module):
             (V-JEPA 2).
         standardise: Bring every clip to mean 0 and deviation 1 first: brightness and contrast of
             the whole are not seen then.
+        normalise: Bring every token to mean 0 and deviation 1 last: the latents of V-JEPA 2-AC.
 
     Raises:
         ValueError: the clip does not divide into patches, or the width into heads; heads too narrow
@@ -83,6 +85,7 @@ class ViTEncoder(nn.Module):
         mlp_ratio: float | None = None,
         positions: Literal["sincos", "rotary"] = "sincos",
         standardise: bool = False,
+        normalise: bool = False,
     ) -> None:
         super().__init__()
         frames, channels, rows, columns = observation_shape
@@ -95,7 +98,8 @@ class ViTEncoder(nn.Module):
         self.dim, self.heads = dim or preset_dim, heads or preset_heads
         self.grid = (frames // tubelet, rows // patch, columns // patch)
         self.num_tokens = self.grid[1] * self.grid[2]
-        self.patch, self.tubelet, self.standardise = patch, tubelet, standardise
+        self.patch, self.tubelet = patch, tubelet
+        self.standardise, self.normalise = standardise, normalise
         self.embed = nn.Linear(tubelet * patch * patch * channels, self.dim)
         self.rotates = positions == "rotary"
         self.register_buffer("positions", self._positions(), persistent=False)
@@ -148,7 +152,8 @@ class ViTEncoder(nn.Module):
         x, rotary = (x, positions) if self.rotates else (x + positions, None)
         for block in self.blocks:
             x = block(x, rotary=rotary)
-        return self.norm(x)
+        x = self.norm(x)
+        return F.layer_norm(x, (self.dim,)) if self.normalise else x
 
 
 class PooledViTEncoder(nn.Module):

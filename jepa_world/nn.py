@@ -222,6 +222,91 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x), mask, rotary)
         return x + self.mlp(self.norm2(x))
 
+    def extend(
+        self,
+        x: Float[Tensor, "b l d"],
+        past: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None = None,
+        rotary: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], tuple[Tensor, Tensor]]:
+        """Return tokens that also see the keys and values `past` (b h p e), and these with theirs.
+
+        Equal to `forward` of all tokens, where no token of the past may see a later one.
+        """
+        q, k, v = self.attention.project(self.norm1(x), rotary)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        x = x + self.attention.attend(q, k, v, mask)
+        return x + self.mlp(self.norm2(x)), (k, v)
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries to other tokens, without a linear map at its end.
+
+    Example:
+        >>> import torch
+        >>> CrossAttention(64, 4)(torch.randn(2, 1, 64), torch.randn(2, 5, 64)).shape
+        torch.Size([2, 1, 64])
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} does not divide into {heads} heads")
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+
+    def forward(
+        self, query: Float[Tensor, "b q d"], x: Float[Tensor, "b l d"]
+    ) -> Float[Tensor, "b q d"]:
+        """Return what the queries find among the tokens `x`."""
+        q = rearrange(self.q(query), "b q (h e) -> b h q e", h=self.heads)
+        k, v = rearrange(self.kv(x), "b l (two h e) -> two b h l e", two=2, h=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return rearrange(y, "b h q e -> b q (h e)")
+
+
+class AttentiveProbe(nn.Module):
+    """Classify by one learned query that attends to the tokens of a frozen encoder.
+
+    V-JEPA (https://arxiv.org/abs/2404.08471) has the query and its cross-attention block, V-JEPA 2
+    (https://arxiv.org/abs/2506.09985) three blocks of self-attention before it.
+
+    Args:
+        dim: Width of a token.
+        classes: Number of scores.
+        heads: Attention heads.
+        depth: Blocks of self-attention before the query.
+
+    Raises:
+        ValueError: the width does not divide into heads.
+
+    Example:
+        >>> import torch
+        >>> AttentiveProbe(64, 10, heads=4, depth=1)(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, dim: int, classes: int, *, heads: int = 16, depth: int = 0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.query = nn.Parameter(torch.empty(dim))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = CrossAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+        self.out = nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b classes"]:
+        """Return the scores of the classes."""
+        for block in self.blocks:
+            x = block(x)
+        query = self.query.expand(len(x), 1, -1)
+        pooled = query + self.attention(query, self.norm1(x))
+        return self.out(pooled + self.mlp(self.norm2(pooled)))[:, 0]
+
 
 class AdaLNBlock(nn.Module):
     """Transformer block modulated at every position: AdaLN.

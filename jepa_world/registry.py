@@ -18,6 +18,7 @@ PARTS: dict[str, dict[str, str]] = {
     "predictor": {
         "mlp": "jepa_world.predictors.mlp:MLPPredictor",
         "adaln": "jepa_world.predictors.adaln:AdaLNPredictor",
+        "block_causal": "jepa_world.predictors.block_causal:BlockCausalPredictor",
     },
     "masked_predictor": {
         "transformer": "jepa_world.predictors.masked:MaskedTransformer",
