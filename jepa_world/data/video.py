@@ -1,25 +1,111 @@
 """Video files: write H.264, read frames by time.
 
-Reading takes decord where it is installed and opens the file, and PyAV elsewhere (decord has no
-wheel for some platforms, and no AV1). Readers are opened where they are used and closed at once:
-one that crosses a process or thread crashes in either library.
+A frame is addressed by the time it is on screen, in seconds from the first one, never by its
+number: variable frame rates, edit lists and frames that a container hides change numbers, not
+times. `open_video` gives the same frames through three libraries:
+
+    pyav        the default: any codec, sees damage, seeks to the key frame before the first time
+    decord      where it is installed and opens the file, PyAV elsewhere (no AV1, no edit lists)
+    torchcodec  where it is installed
+
+All decode on one thread: loaders run one process a core, and with several threads FFmpeg drops the
+mark of a damaged frame. A reader is opened where it is used and closed at once: one that crosses a
+process or a thread crashes in any of the three. Rotation noted in a file is applied.
 """
 
+import io
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import av
 import numpy as np
 from av.error import FFmpegError
 from jaxtyping import Float, UInt8
 
-from jepa_world.registry import UserError
+from jepa_world.registry import UserError, did_you_mean
 
-decord: Any
-try:
-    import decord
-except ImportError:
-    decord = None
+SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
+Source = str | Path | bytes
+"""A file by its name, or its content."""
+Frames = UInt8[np.ndarray, "t hh ww c"]
+Times = Float[np.ndarray, " t"]
+
+
+class Video(Protocol):
+    """An open video: its duration and its frames by time."""
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last, as the header has it."""
+        ...
+
+    def read(self, times: Times) -> Frames:
+        """Return the RGB frames on screen at `times`; after the end, the last one."""
+        ...
+
+
+def open_video(
+    source: Source, *, backend: str = "pyav", name: str = ""
+) -> AbstractContextManager[Video]:
+    """Open a video, for a `with` block.
+
+    Args:
+        source: The file, or its content.
+        backend: `pyav`, `decord` or `torchcodec`.
+        name: What errors call the video; the file's name if left out.
+
+    Raises:
+        UserError: unknown or missing backend, missing file, no video, damage; `read` raises it too.
+
+    Example:
+        >>> write_video("/tmp/ten.mp4", np.full((10, 32, 32, 3), 99, np.uint8), fps=10)
+        >>> with open_video("/tmp/ten.mp4") as video:
+        ...     video.duration, video.read(np.array([0.0, 0.55, 99.0])).shape
+        (1.0, (3, 32, 32, 3))
+    """
+    name = name or _name(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise UserError(f"video {name} does not exist")
+    if backend not in _BACKENDS:
+        raise UserError(f"unknown backend {backend!r}{did_you_mean(backend, list(_BACKENDS))}")
+    return _BACKENDS[backend](source, name)
+
+
+def read_video(source: Source, times: Times | None = None, *, backend: str = "pyav") -> Frames:
+    """Return all RGB frames, or those on screen at `times` (seconds from the first frame).
+
+    Raises:
+        UserError: the file is missing, is no video, or is damaged.
+    """
+    with open_video(source, backend=backend) as video:
+        return video.read(video_times(source) if times is None else times)
+
+
+def video_times(source: Source) -> Times:
+    """Return the time of every frame in seconds from the first one; nothing is decoded.
+
+    Raises:
+        UserError: the file is missing, is no video, or is damaged.
+    """
+    with _PyAVVideo(source, _name(source)) as video:
+        return video.times()
+
+
+def each_frame(
+    source: Source, *, name: str = ""
+) -> Iterator[tuple[float, UInt8[np.ndarray, "hh ww c"]]]:
+    """Yield the time of every frame, in seconds from the first, and its RGB pixels.
+
+    Raises:
+        UserError: the file is missing, is no video, or is damaged.
+    """
+    with _PyAVVideo(source, name or _name(source)) as video:
+        yield from video.each_frame()
 
 
 def write_video(path: str | Path, frames: UInt8[np.ndarray, "t h w c"], fps: float) -> None:
@@ -50,36 +136,15 @@ def write_video(path: str | Path, frames: UInt8[np.ndarray, "t h w c"], fps: flo
         raise UserError(f"video {path} cannot be written: {error}") from error
 
 
-def read_video(
-    path: str | Path, times: Float[np.ndarray, " t"] | None = None
-) -> UInt8[np.ndarray, "t h w c"]:
-    """Return all RGB frames, or those on screen at `times` (seconds from the first frame).
-
-    Raises:
-        UserError: the file is missing, is no video, or is damaged.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"video {path} does not exist")
-    frames = _read_with_decord(path, times) if decord else None
-    return _read_with_pyav(path, times) if frames is None else frames
+def upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "hh ww c"]:
+    """Return a decoded frame as RGB, turned by the quarter turns its file notes."""
+    pixels = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4
+    return np.rot90(pixels, turns) if turns else pixels
 
 
-def video_times(path: str | Path) -> Float[np.ndarray, " t"]:
-    """Return the time of every frame in seconds from the first one; nothing is decoded.
-
-    Raises:
-        UserError: the file is missing, is no video, or is damaged.
-    """
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-            seconds = np.sort(np.array(stamps, np.float64)) * float(stream.time_base or 1)
-    except (FFmpegError, OSError, IndexError) as error:
-        raise UserError(f"video {path} cannot be read: {error}") from error
-    if len(seconds) == 0:
-        raise UserError(f"video {path} has no frames")
-    return seconds - seconds[0]
+def _name(source: Source) -> str:
+    return f"of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
 def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -92,38 +157,204 @@ def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def _read_with_decord(path: str | Path, times: np.ndarray | None) -> np.ndarray | None:
-    """Return the frames, or None where decord cannot open or decode the file."""
+class _PyAVVideo:
+    def __init__(self, source: Source, name: str) -> None:
+        self._name = name
+        try:
+            file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+            self._container = av.open(file)
+        except (FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"video {name} cannot be read: {error}") from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise UserError(f"video {name} cannot be read: it holds no pictures")
+        self._stream = self._container.streams.video[0]
+        self._stream.codec_context.thread_count = 1
+        self._tick = float(self._stream.time_base or 1)
+        self._first = self._stream.start_time or 0
+
+    def __enter__(self) -> "_PyAVVideo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    @property
+    def duration(self) -> float:
+        if self._stream.duration:
+            return self._stream.duration * self._tick
+        if self._container.duration:
+            return self._container.duration / av.time_base - max(0, self._first) * self._tick
+        return float(self.times()[-1])
+
+    def times(self) -> Times:
+        try:
+            packets = self._container.demux(self._stream)
+            stamps = [p.pts for p in packets if p.pts is not None and not p.is_discard]
+        except (FFmpegError, OSError) as error:
+            raise UserError(f"video {self._name} cannot be read: {error}") from error
+        if not stamps:
+            raise UserError(f"video {self._name} has no frames")
+        seconds = np.sort(np.array(stamps, np.float64)) * self._tick
+        return seconds - seconds[0]
+
+    def read(self, times: Times) -> Frames:
+        order = np.argsort(times, kind="stable")
+        latest = (np.asarray(times)[order] + FORGIVEN).tolist()
+        try:
+            shown = list(self._shown(latest))
+        except (FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"video {self._name} cannot be read: {error}") from error
+        frames = np.empty((len(times), *shown[0].shape), np.uint8)
+        for place, pixels in zip(order, shown, strict=True):
+            frames[place] = pixels
+        return frames
+
+    def each_frame(self) -> Iterator[tuple[float, UInt8[np.ndarray, "hh ww c"]]]:
+        try:
+            for frame in self._intact():
+                yield self._begin(frame), upright(frame)
+        except (FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"video {self._name} cannot be read: {error}") from error
+
+    def _shown(self, latest: list[float]) -> Iterator[UInt8[np.ndarray, "hh ww c"]]:
+        """Yield, for every time in ascending order, the last frame that begins by then."""
+        waiting = iter(latest)
+        time = next(waiting)
+        last = None
+        for frame in self._decode_from(time):
+            pixels = None
+            while time is not None and self._begin(frame) > time:
+                pixels = upright(last or frame) if pixels is None else pixels
+                yield pixels
+                time = next(waiting, None)
+            if time is None:
+                return
+            last = frame
+        if last is None:
+            raise UserError(f"video {self._name} has no frames")
+        pixels = upright(last)
+        yield from (pixels for _ in (time, *waiting))
+
+    def _decode_from(self, time: float) -> Iterator[av.VideoFrame]:
+        """Yield frames in order from a key frame that begins by `time`, or from the first.
+
+        Containers seek by the time of decoding: the key frame found may come later on screen. Then
+        the search goes back further, and at last to the beginning.
+        """
+        back = 0.0
+        while time - back > 0:
+            target = self._first + math.floor((time - back) / self._tick)
+            self._container.seek(target, stream=self._stream)
+            frames = self._intact()
+            key = next((frame for frame in frames if frame.key_frame), None)
+            if key is not None and self._begin(key) <= time:
+                yield key
+                yield from frames
+                return
+            back = 2 * back + 1
+        self._container.seek(self._first, stream=self._stream)
+        yield from self._intact()
+
+    def _intact(self) -> Iterator[av.VideoFrame]:
+        """Yield frames; one that is damaged spoils those that follow."""
+        begun = False
+        for frame in self._container.decode(self._stream):
+            begun = begun or bool(frame.key_frame)
+            if begun and frame.is_corrupt:
+                where = f"{self._begin(frame):.2f} s from its beginning"
+                raise UserError(f"video {self._name} is damaged {where}")
+            yield frame
+
+    def _begin(self, frame: av.VideoFrame) -> float:
+        """Return when a frame begins, in seconds from the first."""
+        if frame.pts is None:
+            raise UserError(f"video {self._name} has no time stamps: `jepa-world prepare-video`")
+        return (frame.pts - self._first) * self._tick
+
+
+class _DecordVideo:
+    """A reader of decord; what it cannot open or decode is left to PyAV."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        decord = _installed("decord")
+        self._source, self._name = source, name
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        self._refusals = (decord.DECORDError, RuntimeError, IndexError)
+        self._reader: Any = None
+        try:
+            reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
+            self._starts = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
+            if self._starts[0] >= 0:  # frames before zero are hidden, and decord miscounts them
+                self._reader = reader
+        except self._refusals:
+            pass
+
+    def __enter__(self) -> "_DecordVideo":
+        if self._reader is None:
+            _PyAVVideo(self._source, self._name).__exit__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader = None
+
+    @property
+    def duration(self) -> float:
+        with _PyAVVideo(self._source, self._name) as video:
+            return video.duration
+
+    def read(self, times: Times) -> Frames:
+        if self._reader is not None:
+            shown = np.searchsorted(self._starts - self._starts[0], times + FORGIVEN, side="right")
+            try:
+                return self._reader.get_batch((shown - 1).clip(0).tolist()).asnumpy()
+            except self._refusals:
+                pass
+        with _PyAVVideo(self._source, self._name) as video:
+            return video.read(times)
+
+
+class _TorchcodecVideo:
+    """A decoder of torchcodec, which needs FFmpeg's own libraries."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        decoders: Any = _installed("torchcodec.decoders")
+        self._name = name
+        file = source if isinstance(source, bytes) else str(source)
+        try:
+            self._decoder = decoders.VideoDecoder(
+                file, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate"
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"video {name} cannot be read: {error}") from error
+
+    def __enter__(self) -> "_TorchcodecVideo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._decoder
+
+    @property
+    def duration(self) -> float:
+        return self._decoder.metadata.duration_seconds
+
+    def read(self, times: Times) -> Frames:
+        known = self._decoder.metadata
+        begin, end = known.begin_stream_seconds, known.end_stream_seconds
+        seconds = (begin + times + FORGIVEN).clip(begin, end - 2 * FORGIVEN).tolist()
+        try:
+            return self._decoder.get_frames_played_at(seconds=seconds).data.numpy()
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(f"video {self._name} cannot be read: {error}") from error
+
+
+FORGIVEN = 1e-3  # seconds that a time may lie before its frame: rounding of time stamps
+_BACKENDS = {"pyav": _PyAVVideo, "decord": _DecordVideo, "torchcodec": _TorchcodecVideo}
+
+
+def _installed(module: str) -> ModuleType:
+    package = module.partition(".")[0]
     try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        starts = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
-        return reader.get_batch(_frames_at(starts, times)).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError):
-        return None
-
-
-def _read_with_pyav(path: str | Path, times: np.ndarray | None) -> np.ndarray:
-    wanted = _frames_at(video_times(path), times)
-    kept: dict[int, np.ndarray] = {}
-    try:
-        with av.open(str(path)) as container:
-            for index, frame in enumerate(container.decode(video=0)):
-                if frame.is_corrupt:
-                    raise UserError(f"video {path} is damaged at frame {index}")
-                if index in wanted:
-                    kept[index] = frame.to_ndarray(format="rgb24")
-                if index == max(wanted):
-                    break
-    except (FFmpegError, OSError) as error:
-        raise UserError(f"video {path} cannot be read: {error}") from error
-    if missing := set(wanted) - set(kept):
-        raise UserError(f"video {path} is cut short: frame {min(missing)} does not decode")
-    return np.stack([kept[index] for index in wanted])
-
-
-def _frames_at(starts: np.ndarray, times: np.ndarray | None) -> list[int]:
-    """Return the numbers of the frames on screen at `times`; a millisecond forgives rounding."""
-    if times is None:
-        return list(range(len(starts)))
-    shown = np.searchsorted(starts - starts[0], np.asarray(times) + 1e-3, side="right") - 1
-    return shown.clip(0).tolist()
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"no backend {package!r}: pip install {package}; or use `pyav`") from error
