@@ -5,11 +5,12 @@ CLS token. (ViT, https://arxiv.org/abs/2010.11929, section 3.1; tubelets as in V
 https://arxiv.org/abs/2404.08471, section 3.)
 """
 
+import copy
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -38,7 +39,10 @@ class ViTEncoder(nn.Module):
     """Encode a clip into its patch tokens; all tokens of a clip see each other.
 
     The encoder is built for clips of t frames. A longer video counts as several clips, each encoded
-    by itself: built for t = 1, it encodes every frame by itself and accepts any number of them.
+    by itself: built for t = 1, it encodes every frame by itself and accepts any number of them. An
+    image is a clip of one frame, which fills a tubelet by being repeated. `for_clips` returns the
+    same encoder for clips of another shape: images and video, short and long, small and large share
+    one set of weights.
 
     Args:
         observation_shape: `(t, c, hh, ww)` of a clip.
@@ -88,21 +92,12 @@ class ViTEncoder(nn.Module):
         normalise: bool = False,
     ) -> None:
         super().__init__()
-        frames, channels, rows, columns = observation_shape
-        if frames % tubelet or rows % patch or columns % patch:
-            raise ValueError(
-                f"a clip of {frames} x {rows} x {columns} (frames, rows, columns) does not divide "
-                f"into patches of {tubelet} x {patch} x {patch}"
-            )
         preset_dim, preset_depth, preset_heads, preset_ratio = SIZES[size]
         self.dim, self.heads = dim or preset_dim, heads or preset_heads
-        self.grid = (frames // tubelet, rows // patch, columns // patch)
-        self.num_tokens = self.grid[1] * self.grid[2]
-        self.patch, self.tubelet = patch, tubelet
+        self.patch, self.tubelet, self.rotates = patch, tubelet, positions == "rotary"
         self.standardise, self.normalise = standardise, normalise
-        self.embed = nn.Linear(tubelet * patch * patch * channels, self.dim)
-        self.rotates = positions == "rotary"
-        self.register_buffer("positions", self._positions(), persistent=False)
+        self._fit(observation_shape)
+        self.embed = nn.Linear(tubelet * patch * patch * observation_shape[1], self.dim)
         self.blocks = nn.ModuleList(
             Block(self.dim, self.heads, mlp_ratio=mlp_ratio or preset_ratio)
             for _ in range(depth or preset_depth)
@@ -118,12 +113,14 @@ class ViTEncoder(nn.Module):
         Raises:
             ValueError: the video is not a whole number of clips, or not one clip with `keep`.
         """
-        frames = self.grid[0] * self.tubelet
+        frames = self.frames
         if video.shape[1] % frames or (keep is not None and video.shape[1] != frames):
             raise ValueError(
                 f"encoder is built for clips of {frames} frames, got {video.shape[1]}: give a "
                 f"multiple, or exactly {frames} with keep"
             )
+        if frames == 1 < self.tubelet:
+            video = repeat(video, "b t c hh ww -> b (t p) c hh ww", p=self.tubelet)
         patches = rearrange(
             video,
             "b (clip t p) c (y q) (x r) -> (b clip) (t y x) (p q r c)",
@@ -141,6 +138,33 @@ class ViTEncoder(nn.Module):
         return rearrange(
             tokens, "(b clip) (t n) d -> b (clip t) n d", b=len(video), n=self.num_tokens
         )
+
+    def for_clips(self, observation_shape: tuple[int, int, int, int]) -> "ViTEncoder":
+        """Return this encoder for clips of another shape `(t, c, hh, ww)`; both share all weights.
+
+        Raises:
+            ValueError: the clip does not divide into patches, or positions were learned.
+        """
+        if "positions" not in self._non_persistent_buffers_set:
+            raise ValueError("encoder has learned positions: it is for clips of one shape only")
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        other._fit(observation_shape)
+        other.positions = other.positions.to(self.positions.device)
+        return other
+
+    def _fit(self, observation_shape: tuple[int, int, int, int]) -> None:
+        """Set what depends on the shape of clips."""
+        frames, _, rows, columns = observation_shape
+        if (frames > 1 and frames % self.tubelet) or rows % self.patch or columns % self.patch:
+            raise ValueError(
+                f"a clip of {frames} x {rows} x {columns} (frames, rows, columns) does not divide "
+                f"into patches of {self.tubelet} x {self.patch} x {self.patch}"
+            )
+        self.frames = frames
+        self.grid = (-(-frames // self.tubelet), rows // self.patch, columns // self.patch)
+        self.num_tokens = self.grid[1] * self.grid[2]
+        self.register_buffer("positions", self._positions(), persistent=False)
 
     def _positions(self) -> Tensor:
         if self.rotates:

@@ -144,6 +144,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in cast(dict[str, Any], value).items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in cast(list[Any], value)]
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     return str(value) if isinstance(value, Path) else value
 
 
@@ -229,9 +231,17 @@ def _flags(values: dict[str, Any], prefix: str) -> list[str]:
         elif isinstance(value, bool):
             words.append(flag if value else _negated(flag))
         elif isinstance(value, list):
-            words.extend([flag, *(str(item) for item in cast(list[Any], value))])
+            words.extend([flag, *_words(cast(list[Any], value))])
         else:
             words.extend([flag, str(value)])
+    return words
+
+
+def _words(values: list[Any]) -> list[str]:
+    """Write a list as the words behind a flag; a list of lists as one row of words."""
+    words: list[str] = []
+    for value in values:
+        words.extend(_words(cast(list[Any], value)) if isinstance(value, list) else [str(value)])
     return words
 
 

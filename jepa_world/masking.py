@@ -6,7 +6,7 @@ whatever the shape of their blocks, and no position is favoured: see `MultiBlock
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +63,14 @@ class MultiBlockMasks:
 
     def __post_init__(self) -> None:
         _lengths(self.grid, self.context, self.target)
+
+    def for_grid(self, grid: Grid) -> "MultiBlockMasks":
+        """Return the same kind of masks on another grid.
+
+        Raises:
+            ValueError: a share leaves no token there.
+        """
+        return replace(self, grid=grid)
 
     def __call__(self, index: Int[Tensor, " b"], step: int) -> Masks:
         """Draw the masks of the samples `index` of the data."""
@@ -126,6 +134,14 @@ class RandomMasks:
     def __post_init__(self) -> None:
         _lengths(self.grid, self.context, self.target)
 
+    def for_grid(self, grid: Grid) -> "RandomMasks":
+        """Return the same kind of masks on another grid.
+
+        Raises:
+            ValueError: a share leaves no token there.
+        """
+        return replace(self, grid=grid)
+
     def __call__(self, index: Int[Tensor, " b"], step: int) -> Masks:
         """Draw the masks of the samples `index` of the data."""
         places = self.grid[1] * self.grid[2]
@@ -134,10 +150,49 @@ class RandomMasks:
         return _masks(self.grid, self.context, self.target, place, numbers[:, places:])
 
 
+@dataclass(frozen=True)
+class TurnsOfMasks:
+    """Masks of several kinds, one kind a step, in turn.
+
+    V-JEPA has short-range and long-range blocks (2404.08471, section 3.2), both for every clip.
+
+    Args:
+        kinds: What takes turns; all have one grid and seed.
+
+    Example:
+        >>> import torch
+        >>> short, long = (MultiBlockMasks((8, 6, 6), context=c, target=1 - c) for c in (0.25, 0.1))
+        >>> masks = TurnsOfMasks((short, long))
+        >>> [masks(torch.arange(4), step).context.shape[1] for step in range(3)]
+        [72, 29, 72]
+    """
+
+    kinds: "tuple[MultiBlockMasks | RandomMasks, ...]"
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of all kinds."""
+        return self.kinds[0].seed
+
+    def __call__(self, index: Int[Tensor, " b"], step: int) -> Masks:
+        """Draw the masks of the samples `index` of the data."""
+        return self.kinds[step % len(self.kinds)](index, step)
+
+    def for_grid(self, grid: Grid) -> "TurnsOfMasks":
+        """Return the same kinds of masks on another grid.
+
+        Raises:
+            ValueError: a share leaves no token there.
+        """
+        return TurnsOfMasks(tuple(kind.for_grid(grid) for kind in self.kinds))
+
+
 def _lengths(grid: Grid, context: float, target: float) -> tuple[int, int]:
     """Return the number of context and of target tokens."""
     length = math.prod(grid)
     k, m = round(context * length), round(target * length)
+    if context + target <= 1 + 1e-9:
+        m = min(m, length - k)  # both were rounded up
     if k < 1 or m < 1 or k + m > length:
         raise ValueError(
             f"masks of {k} context and {m} target tokens on a grid of {length}: each needs one, "

@@ -263,7 +263,8 @@ class CrossAttention(nn.Module):
         """Return what the queries find among the tokens `x`."""
         q = rearrange(self.q(query), "b q (h e) -> b h q e", h=self.heads)
         k, v = rearrange(self.kv(x), "b l (two h e) -> two b h l e", two=2, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v)
+        attend = _attend_in_float32 if q.is_cpu else F.scaled_dot_product_attention
+        y = attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False)
         return rearrange(y, "b h q e -> b q (h e)")
 
 

@@ -18,13 +18,7 @@ def token_picture(
 
     The components are those of all tokens of all images together.
     """
-    flat = rearrange(tokens, "n y x d -> (n y x) d").float()
-    flat = flat - flat.mean(0)
-    *_, directions = torch.linalg.svd(flat, full_matrices=False)
-    colours = flat @ directions[:3].T
-    low, high = colours.quantile(0.02, 0), colours.quantile(0.98, 0)
-    shown = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    maps = shown.view(*tokens.shape[:3], -1).cpu().numpy()
+    maps = component_colours(tokens)
     figure = Figure(figsize=(1.2 * len(pixels), 2.5), layout="constrained")
     axes = figure.subplots(2, len(pixels), squeeze=False)
     for column, (picture, colour) in enumerate(zip(pixels, maps, strict=True)):
@@ -53,6 +47,59 @@ def mask_picture(
     for row, words in enumerate(("image", "context", "targets")):
         axes[row, 0].set_title(words, fontsize=9, loc="left")
     return figure
+
+
+def tube_picture(
+    pixels: UInt8[np.ndarray, "n t hh ww c"], masks: Masks, grid: tuple[int, int, int]
+) -> Figure:
+    """Draw clips over time as an encoder sees them, what it does not see grey, a row each."""
+    n, _, height, width, _ = pixels.shape
+    frames = pixels[:, _shown(pixels.shape[1], grid[0])]
+    figure = Figure(figsize=(1.1 * grid[0], 1.15 * n), layout="constrained")
+    axes = figure.subplots(n, grid[0], squeeze=False)
+    for row, (clip, context) in enumerate(zip(frames, masks.context, strict=True)):
+        chosen = np.zeros(np.prod(grid), bool)
+        chosen[context.numpy()] = True
+        for column, (frame, seen) in enumerate(zip(clip, chosen.reshape(grid), strict=True)):
+            shown = seen.repeat(height // grid[1], 0).repeat(width // grid[2], 1)
+            _show(axes[row, column], np.where(shown[..., None], frame, np.uint8(128)))
+    return figure
+
+
+def clip_picture(
+    pixels: UInt8[np.ndarray, "n t hh ww c"], tokens: Float[Tensor, "n t rows columns d"]
+) -> Figure:
+    """Draw clips over time above their tokens, as `token_picture` has it."""
+    n, steps = tokens.shape[:2]
+    frames = pixels[:, _shown(pixels.shape[1], steps)]
+    maps = component_colours(rearrange(tokens, "n t y x d -> (n t) y x d"))
+    maps = rearrange(maps, "(n t) y x c -> n t y x c", n=n)
+    figure = Figure(figsize=(1.1 * steps, 2.3 * n), layout="constrained")
+    axes = figure.subplots(2 * n, steps, squeeze=False)
+    for row in range(n):
+        for column in range(steps):
+            _show(axes[2 * row, column], frames[row, column])
+            axes[2 * row + 1, column].imshow(maps[row, column])
+            axes[2 * row + 1, column].axis("off")
+    return figure
+
+
+def component_colours(
+    tokens: Float[Tensor, "n rows columns d"],
+) -> Float[np.ndarray, "n rows columns three"]:
+    """Return three principal components of all tokens together as red, green and blue."""
+    flat = rearrange(tokens, "n y x d -> (n y x) d").float()
+    flat = flat - flat.mean(0)
+    *_, directions = torch.linalg.svd(flat, full_matrices=False)
+    colours = flat @ directions[:3].T
+    low, high = colours.quantile(0.02, 0), colours.quantile(0.98, 0)
+    shown = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return shown.view(*tokens.shape[:3], -1).cpu().numpy()
+
+
+def _shown(frames: int, steps: int) -> range:
+    """Return the first frame of every time step of tokens."""
+    return range(0, frames, frames // steps)
 
 
 def neighbour_picture(

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from jepa_world.interfaces import Encoder
+from jepa_world.nn import AttentiveProbe
 from jepa_world.sigreg import null_mean, random_directions, sigreg
 
 
@@ -165,6 +166,66 @@ def image_features(
             maps = rearrange(tokens, "b 1 (y x) d -> b d y x", y=grid[1])
             features.append(F.adaptive_avg_pool2d(maps, cells).flatten(1))
     return torch.cat(features)
+
+
+@torch.no_grad()
+def clip_tokens(
+    encoder: Encoder, pixels: UInt8[np.ndarray, "n t hh ww c"], *, batch_size: int = 100
+) -> Float[Tensor, "n l d"]:
+    """Return all tokens of clips, channels last, from a frozen encoder on its device."""
+    device = next(cast(nn.Module, encoder).parameters()).device
+    tokens: list[Tensor] = []
+    for start in range(0, len(pixels), batch_size):
+        part = torch.from_numpy(pixels[start : start + batch_size]).to(device)
+        clips = rearrange(part, "b t hh ww c -> b t c hh ww").to(torch.get_default_dtype()) / 255
+        tokens.append(rearrange(encoder(clips).float(), "b t n d -> b (t n) d"))
+    return torch.cat(tokens)
+
+
+@torch.no_grad()
+def clip_features(
+    encoder: Encoder, pixels: UInt8[np.ndarray, "n t hh ww c"], *, batch_size: int = 100
+) -> Float[Tensor, "n d"]:
+    """Return the mean token of clips, channels last, from a frozen encoder on its device."""
+    parts = range(0, len(pixels), batch_size)
+    return torch.cat(
+        [clip_tokens(encoder, pixels[start : start + batch_size]).mean(1) for start in parts]
+    )
+
+
+def attentive_probe(
+    fit_z: Float[Tensor, "n l d"],
+    fit_y: Int[Tensor, " n"],
+    z: Float[Tensor, "m l d"],
+    *,
+    heads: int = 4,
+    epochs: int = 20,
+    lr: float = 1e-3,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Int[Tensor, " m"]:
+    """Return the class of every clip by a query that attends to its tokens, trained on the fit.
+
+    AdamW with a cosine; tokens are standardised by those of `fit_z`. (V-JEPA, arXiv 2404.08471,
+    section 4: frozen evaluation.)
+    """
+    mean, std = fit_z.mean((0, 1)), fit_z.std((0, 1)).clamp(min=1e-6)
+    random = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        probe = AttentiveProbe(fit_z.shape[2], int(fit_y.max()) + 1, heads=heads).to(fit_z.device)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=1e-2)
+    steps = epochs * -(-len(fit_z) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for index in torch.randperm(len(fit_z), generator=random).split(batch_size):
+            scores = probe((fit_z[index] - mean) / std)
+            optimizer.zero_grad()
+            F.cross_entropy(scores, fit_y[index]).backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        return torch.cat([probe((part - mean) / std).argmax(1) for part in z.split(500)])
 
 
 def linear_probe(

@@ -22,6 +22,7 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "masked_predictor": {
         "transformer": "jepa_world.predictors.masked:MaskedTransformer",
+        "cross": "jepa_world.predictors.masked:CrossMaskedTransformer",
     },
     "planner": {
         "cem": "jepa_world.planners.cem:CEM",

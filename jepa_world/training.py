@@ -7,7 +7,7 @@ for bit, and the samples of a step do not depend on the number of processes.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from accelerate.utils import LoggerType, set_seed
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from jepa_world.checkpoint import (
@@ -35,8 +36,8 @@ from jepa_world.probes import collapse_report
 from jepa_world.registry import UserError, did_you_mean
 from jepa_world.runs import Run
 
-Read = Callable[[Int[np.ndarray, " b"]], dict[str, Tensor]]
-"""Return the batch of these samples."""
+Read = Callable[[Int[np.ndarray, " b"], int], dict[str, Tensor]]
+"""Return the batch of these samples at a step; pickled where processes of their own read."""
 Evaluate = Callable[[], dict[str, float]]
 """Return what is measured on held-out data beside the losses."""
 
@@ -78,6 +79,7 @@ def train(
     accelerator: Accelerator,
     run_dir: Path,
     evaluate: Evaluate | None = None,
+    workers: int = 0,
 ) -> dict[str, float]:
     """Train a method, a module `(batch, step) -> Output`, and leave its checkpoint in `run_dir`.
 
@@ -90,12 +92,14 @@ def train(
         accelerator: Of this process.
         run_dir: Receives `metrics.jsonl` and `checkpoint/`; resumed from, if asked.
         evaluate: Runs on all processes, in evaluation mode, before a checkpoint.
+        workers: Processes that read batches ahead; with 0, batches are read when they are needed.
 
     Returns:
         The last line of the log.
 
     Raises:
-        UserError: the batch does not divide, the loss is not finite, the checkpoint does not fit.
+        UserError: the batch does not divide, the loss is not finite, the checkpoint does not fit,
+            or a batch cannot be read.
     """
     share = own_share(config.batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
@@ -103,12 +107,12 @@ def train(
     first = _load_training(run_dir, method, optimizer, accelerator) if config.resume else 0
     model, prepared = accelerator.prepare(method, optimizer)
     log = _Log(run_dir, first, accelerator)
+    batches = _batches(_Batches(read, num_samples, config, share), first, workers)
     for step in _progress(first, config.steps, accelerator):
         set_seed(_step_seed(config.seed, step))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.lr)
-        batch = read(batch_index(num_samples, config.batch_size, config.seed, step)[share])
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
         try:
             loss, terms, latent = model(batch, step)
         except ValueError as error:  # of a loss that refuses features that are not finite
@@ -218,6 +222,44 @@ def own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> sl
         )
     size = batch_size // processes
     return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[dict[str, Tensor] | UserError]):
+    """The batch of every step, or the user's mistake that met it: a worker returns it whole."""
+
+    read: Read
+    num_samples: int
+    config: Training
+    share: slice
+
+    def __getitem__(self, step: int) -> dict[str, Tensor] | UserError:
+        config = self.config
+        index = batch_index(self.num_samples, config.batch_size, config.seed, step)[self.share]
+        try:
+            return self.read(index, step)
+        except UserError as error:
+            return error
+
+
+def _batches(batches: _Batches, first: int, workers: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches of all steps from `first` on, in order.
+
+    Raises:
+        UserError: a batch cannot be read, or a worker died.
+    """
+    steps = range(first, batches.config.steps)
+    own = torch.Generator()  # the loader draws from it, not from what steps draw from
+    loader = DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, generator=own)
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads data died: {error}; try fewer --workers") from error
 
 
 @lru_cache(maxsize=2)

@@ -3,14 +3,22 @@
 (I-JEPA, arXiv 2301.08243, section 3; V-JEPA, 2404.08471, section 3.1: all targets in one pass.)
 """
 
-from typing import Literal
+import copy
+from typing import Literal, TypeVar
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jepa_world.nn import Block, grid_index, rotary_positions, sincos_positions
+from jepa_world.nn import (
+    MLP,
+    Block,
+    CrossAttention,
+    grid_index,
+    rotary_positions,
+    sincos_positions,
+)
 
 
 class MaskedTransformer(nn.Module):
@@ -59,14 +67,8 @@ class MaskedTransformer(nn.Module):
         super().__init__()
         if mask_tokens < 1:
             raise ValueError(f"a predictor needs a mask token, got mask_tokens={mask_tokens}")
-        self.rotates = positions == "rotary"
-        axes = grid if grid[0] > 1 else grid[1:]
-        places = (
-            rotary_positions(width // heads, grid_index(*grid))
-            if self.rotates
-            else sincos_positions(width, *axes)
-        )
-        self.register_buffer("positions", places, persistent=False)
+        self.width, self.heads, self.rotates = width, heads, positions == "rotary"
+        self.register_buffer("positions", self._positions(grid), persistent=False)
         self.embed = nn.Linear(dim, width)
         shape = (width,) if mask_tokens == 1 else (mask_tokens, width)
         self.mask_token = nn.Parameter(torch.zeros(shape))
@@ -92,6 +94,109 @@ class MaskedTransformer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, rotary=rotary)
         return self.out(self.norm(tokens[:, context.shape[1] :]))
+
+    def for_grid(self, grid: tuple[int, int, int]) -> "MaskedTransformer":
+        """Return this predictor for clips on another grid of tokens; both share all weights."""
+        return _for_grid(self, grid)
+
+    def _positions(self, grid: tuple[int, int, int]) -> Tensor:
+        if self.rotates:
+            return rotary_positions(self.width // self.heads, grid_index(*grid))
+        return sincos_positions(self.width, *(grid if grid[0] > 1 else grid[1:]))
+
+
+class CrossMaskedTransformer(nn.Module):
+    """Let every target ask the context alone: targets do not see each other.
+
+    Attention costs (targets x context) and the context is not processed again, so the cost grows
+    linearly with what is masked; `MaskedTransformer` attends among all tokens.
+    (CrossMAE, https://arxiv.org/abs/2401.14391, section 3.2, for pixels.)
+
+    Args:
+        dim: Width of a latent token.
+        grid: `(t', rows, columns)` of the encoder's tokens.
+        width: Width of the predictor.
+        depth: Number of blocks.
+        heads: Attention heads.
+
+    Raises:
+        ValueError: the width does not divide into heads.
+
+    Example:
+        >>> import torch
+        >>> predictor = CrossMaskedTransformer(64, (1, 7, 7), width=32, depth=1, heads=2)
+        >>> seen, unseen = torch.tensor([[0, 1, 8]]), torch.tensor([[24, 25, 31, 32]])
+        >>> predictor(torch.randn(1, 3, 64), seen, unseen).shape
+        torch.Size([1, 4, 64])
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int, int],
+        *,
+        width: int = 96,
+        depth: int = 2,
+        heads: int = 3,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("positions", self._positions(grid), persistent=False)
+        self.embed = nn.Linear(dim, width)
+        self.context_norm = nn.LayerNorm(width, eps=1e-6)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(_CrossBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.out = nn.Linear(width, dim)
+        self.apply(_initialise)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        context: Float[Tensor, "b k d"],
+        context_index: Int[Tensor, "b k"],
+        target_index: Int[Tensor, "b m"],
+    ) -> Float[Tensor, "b m d"]:
+        """Return the latents at `target_index`."""
+        seen = self.context_norm(self.embed(context) + self.positions[context_index])
+        tokens = self.mask_token + self.positions[target_index]
+        for block in self.blocks:
+            tokens = block(tokens, seen)
+        return self.out(self.norm(tokens))
+
+    def for_grid(self, grid: tuple[int, int, int]) -> "CrossMaskedTransformer":
+        """Return this predictor for clips on another grid of tokens; both share all weights."""
+        return _for_grid(self, grid)
+
+    def _positions(self, grid: tuple[int, int, int]) -> Tensor:
+        return sincos_positions(self.width, *(grid if grid[0] > 1 else grid[1:]))
+
+
+class _CrossBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = CrossAttention(width, heads)
+        self.mix = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, 4 * width)
+
+    def forward(self, x: Float[Tensor, "b m w"], seen: Float[Tensor, "b k w"]) -> Tensor:
+        x = x + self.mix(self.attention(self.norm1(x), seen))
+        return x + self.mlp(self.norm2(x))
+
+
+P = TypeVar("P", MaskedTransformer, CrossMaskedTransformer)
+
+
+def _for_grid(predictor: P, grid: tuple[int, int, int]) -> P:
+    other = copy.copy(predictor)
+    other._buffers = dict(predictor._buffers)
+    positions = other._positions(grid).to(predictor.positions.device)
+    other.register_buffer("positions", positions, persistent=False)
+    return other
 
 
 def _initialise(module: nn.Module) -> None:

@@ -112,7 +112,7 @@ def resumes_exactly(tmp_path):
         def fit(folder, *, stop=99, resume=False):
             steps = iter(range(stop))
 
-            def read(index):
+            def read(index, step):
                 next(steps)
                 return {"pixels": pixels[index], "index": torch.from_numpy(index)}
 

@@ -45,7 +45,7 @@ def fit(folder, method, *, steps=20, resume=False, read=None, evaluate=None, **c
     numbers = torch.linspace(-1, 1, 12)[:, None]
     how = {"batch_size": 4, "lr": 0.1, "log_every": 2, "checkpoint_every": 5} | changes
     return train(
-        *(method, read or (lambda index: {"x": numbers[index]}), 12),
+        *(method, read or (lambda index, step: {"x": numbers[index]}), 12),
         Training(steps=steps, resume=resume, **how),
         accelerator=make_accelerator("no", "none", folder),
         run_dir=folder,
@@ -107,7 +107,7 @@ def test_it_learns_and_logs_and_measures_in_evaluation_mode(tmp_path):
 
 @pytest.mark.parametrize("stopped", [0, 3, 5, 13])
 def test_a_run_that_failed_and_is_resumed_equals_one_straight_through(tmp_path, stopped):
-    def read(index):
+    def read(index, step):
         nonlocal left
         left -= 1
         if left < 0:
@@ -189,7 +189,7 @@ def test_biases_and_gains_have_no_weight_decay(tmp_path):
     method.fit.weight.register_hook(lambda gradient: 0 * gradient)
     method.fit.bias.register_hook(lambda gradient: 0 * gradient)
     before = method.fit.weight.item()
-    fit(tmp_path, method, read=lambda index: still, weight_decay=0.5)
+    fit(tmp_path, method, read=lambda index, step: still, weight_decay=0.5)
     assert method.fit.bias.item() == 3.0 and abs(method.fit.weight.item()) < abs(before)
 
 
@@ -286,7 +286,7 @@ method = Both(
 )
 folder = Path(sys.argv[1])
 train(
-    method, lambda index: {"pixels": torch.from_numpy(pixels[index]), "action": action[index]}, 40,
+    method, lambda index, step: {"pixels": torch.from_numpy(pixels[index]), "action": action[index]}, 40,
     Training(steps=5, batch_size=8, lr=1e-2, weight_decay=1e-3, log_every=1, checkpoint_every=5),
     accelerator=make_accelerator("no", "none", folder), run_dir=folder,
 )

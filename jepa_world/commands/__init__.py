@@ -15,6 +15,7 @@ COMMANDS = {
     "train_world_model": "TrainWorldModel",
     "train_lejepa": "TrainLejepa",
     "train_ijepa": "TrainIjepa",
+    "train_vjepa": "TrainVjepa",
     "plan": "Plan",
     "evaluate": "Evaluate",
     "probe": "Probe",

@@ -72,7 +72,7 @@ def train_on_images(
     if whole.skipped:
         accelerator.print(f"{len(whole.skipped)} files skipped: {', '.join(whole.skipped[:5])}")
 
-    def read(index: Int[np.ndarray, " b"]) -> dict[str, Tensor]:
+    def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
         pixels = torch.from_numpy(training.pixels[index])
         return {"pixels": pixels, "index": torch.from_numpy(index)}
 

@@ -161,7 +161,7 @@ def supervised(config: Probe, training: Images, part: Part, folder: Path) -> Fea
     crops = Augmentation(scale=(0.5, 1.0))
     method = Supervised(encoder, int(labels.max()) + 1, crops, seed=config.seed)
 
-    def read(index: Int[np.ndarray, " b"]) -> dict[str, Tensor]:
+    def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
         arrays = {"pixels": training.pixels[index], "index": index, "class": labels[index]}
         return {key: torch.from_numpy(value) for key, value in arrays.items()}
 

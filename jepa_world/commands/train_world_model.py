@@ -89,7 +89,7 @@ def run(config: TrainWorldModel) -> None:
         f"parameters, {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
-    def read(index: Int[np.ndarray, " b"]) -> dict[str, Tensor]:
+    def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
         batch = training.read(windows[index], config.frames)
         return {key: torch.from_numpy(batch[key]) for key in ("pixels", "action")}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -61,18 +61,23 @@ class Augmentation:
         return cls(scale=scale, jitter=0.4 * s, grey=0.2 * s, blur=0.5 * s, solarise=0.2 * s)
 
     def __call__(
-        self, images: Float[Tensor, "b c hh ww"], numbers: Float[Tensor, "b k"]
-    ) -> Float[Tensor, "b c hh ww"]:
-        """Return one view of every image, values in [0, 1], made from its uniform numbers."""
+        self, images: Float[Tensor, "b *t c hh ww"], numbers: Float[Tensor, "b k"]
+    ) -> Float[Tensor, "b *t c hh ww"]:
+        """Return one view of every image or clip, values in [0, 1], made from its uniform numbers.
+
+        All frames of a clip are cut and coloured alike: what moved moves as before.
+        """
         u = dict(zip(_NAMES, numbers.to(images).unbind(1), strict=True))
-        rows, columns = self._resampling(u, *images.shape[2:])
-        x = rows.unsqueeze(1) @ images @ columns.unsqueeze(1).mT
+        clips = images.unsqueeze(1) if images.ndim == 4 else images
+        rows, columns = self._resampling(u, *images.shape[-2:])
+        x = rows[:, None, None] @ clips @ columns[:, None, None].mT
         if self.jitter or self.grey:
-            x = self._recolour(x, u)
+            below = self._recolour(rearrange(x, "b t c hh ww -> b c (t hh) ww"), u)
+            x = rearrange(below, "b c (t hh) ww -> b t c hh ww", t=clips.shape[1])
         if self.solarise:
-            chosen = (u["solarise"] < self.solarise).view(-1, 1, 1, 1)
+            chosen = (u["solarise"] < self.solarise).view(-1, 1, 1, 1, 1)
             x = torch.where(chosen & (x > 0.5), 1 - x, x)
-        return x
+        return x.reshape(images.shape)
 
     def _resampling(
         self, u: dict[str, Tensor], height: int, width: int

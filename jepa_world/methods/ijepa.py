@@ -8,23 +8,25 @@ z* are the target tokens as the same encoder sees them together, without gradien
 SIGReg sees are centred at every position over the batch, so that a token cannot score with what its
 position tells. q is a projection of the mean context token, q* that of the mean target token: what
 is seen foretells what is hidden as a whole. Context and targets may be two views of an image.
+An image is a clip of one frame: `methods.vjepa` builds the same two classes for video.
 (I-JEPA, arXiv 2301.08243; SIGReg, 2511.08544. docs/ijepa.md has what else was tried.)
 """
 
 import copy
-from typing import Any, Protocol, cast, runtime_checkable
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from jepa_world.config import part_from_dict
 from jepa_world.data.augmentation import Augmentation, flip_together, random_numbers
 from jepa_world.interfaces import Encoder, MaskedPredictor
 from jepa_world.masking import Grid, Masks, MultiBlockMasks
-from jepa_world.methods.lejepa import images_from_bytes
 from jepa_world.methods.world_model import Output
 from jepa_world.nn import projection_head, sum_over_processes, take_tokens
 from jepa_world.registry import UserError
@@ -43,6 +45,10 @@ class DrawMasks(Protocol):
         """Return the masks of the samples `index` of the data at a step."""
         ...
 
+    def for_grid(self, grid: Grid) -> "DrawMasks":
+        """Return the same kind of masks on another grid of tokens."""
+        ...
+
 
 @runtime_checkable
 class OnGrid(Protocol):
@@ -50,6 +56,33 @@ class OnGrid(Protocol):
 
     dim: int
     grid: Grid
+
+
+@runtime_checkable
+class ForClips(Protocol):
+    """An encoder may also offer this: itself for clips of another shape, sharing all weights."""
+
+    def for_clips(self, observation_shape: tuple[int, int, int, int]) -> nn.Module:
+        """Return the encoder for clips `(t, c, hh, ww)`."""
+        ...
+
+
+@runtime_checkable
+class ForGrid(Protocol):
+    """A masked predictor may also offer this: itself for another grid, sharing all weights."""
+
+    def for_grid(self, grid: Grid) -> nn.Module:
+        """Return the predictor for a grid of tokens."""
+        ...
+
+
+Shape = tuple[int, int, int, int]
+Distance = Literal["l2", "l1", "smooth_l1"]
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+}
 
 
 class IJEPA(nn.Module):
@@ -65,6 +98,9 @@ class IJEPA(nn.Module):
             leaves it out.
         views: Makes the image that is seen and the one that is foretold; without, both are it.
         share: Of SIGReg (which includes the factor N) in the loss of the whole.
+        shape: `(t, c, hh, ww)` of the clips that the parts are built for. Batches of other shapes
+            are then allowed: the parts are taken for these, and share their weights.
+        distance: Between tokens predicted and tokens to predict.
 
     Example:
         >>> import torch
@@ -91,25 +127,36 @@ class IJEPA(nn.Module):
         whole: float = 1.0,
         views: Augmentation | None = None,
         share: float = 0.04,
+        shape: Shape | None = None,
+        distance: Distance = "l2",
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
         self.predictor: MaskedPredictor = predictor  # type: ignore[assignment]
         self.sigreg, self.masks, self.views = sigreg, masks, views
+        self.shape, self.distance = shape, distance
         self.projector = projection_head(self.encoder.dim, 128, 64) if whole else None
         self.weights = {"prediction": 1.0, "sigreg": weight}
         if whole:
             self.weights |= {"whole": whole * (1 - share), "whole_sigreg": whole * share}
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
-        """Return the loss of images: `pixels (b hh ww c)` bytes, `index (b)` in the data."""
+        """Return the loss of images or clips, bytes, and their `index (b)` in the data.
+
+        `pixels` are `(b hh ww c)` or `(b t hh ww c)`; of another shape than the encoder was built
+        for if both parts can be had for it.
+        """
+        return fitted(self, batch["pixels"]).loss(batch, step)
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> Output:
+        """Return the loss of clips of the shape that all parts are for."""
         seen, foretold, masks = _inputs(batch, self.masks, self.views, step)
         z = _full_precision(self.encoder(seen, keep=masks.context))
         targets, mean = self.targets(foretold, masks)
         predicted = _full_precision(self.predictor(z, *masks))
-        tokens = centre_positions(z, masks.context, self.encoder.num_tokens)
+        tokens = centre_positions(z, masks.context, _length(self.encoder))
         terms = {
-            "prediction": (predicted - targets).square().mean(),
+            "prediction": DISTANCES[self.distance](predicted, targets),
             "sigreg": sigreg_of_tokens(self.sigreg, tokens, step),
         }
         if self.projector is not None:
@@ -121,20 +168,20 @@ class IJEPA(nn.Module):
 
     @torch.no_grad()
     def targets(
-        self, video: Float[Tensor, "b 1 c hh ww"], masks: Masks
+        self, video: Float[Tensor, "b t c hh ww"], masks: Masks
     ) -> tuple[Float[Tensor, "b m d"], Tensor]:
         """Return the tokens to predict, all that the pass computes, and their projected mean."""
         z = _full_precision(self.encoder(video, keep=masks.target))
         mean = z.mean(1) if self.projector is None else self.projector(z.mean(1))
-        return centre_positions(z, masks.target, self.encoder.num_tokens), _full_precision(mean)
+        return centre_positions(z, masks.target, _length(self.encoder)), _full_precision(mean)
 
 
 class TeacherIJEPA(nn.Module):
     """The published method, the yardstick: the target encoder is a moving average of the student.
 
     The targets are the layer-normed tokens of the teacher for the whole image, the distance is
-    smooth-L1; all targets are predicted in one pass, as in V-JEPA. `encoder` is the teacher, which
-    is what the papers evaluate; `student` is what is trained.
+    smooth-L1 (I-JEPA) or L1 (V-JEPA); all targets are predicted in one pass. `encoder` is the
+    teacher, which is what the papers evaluate; `student` is what is trained.
 
     Args:
         encoder: Part built for single images, with tokens on a grid; copied for the student.
@@ -143,6 +190,9 @@ class TeacherIJEPA(nn.Module):
         momentum: Of the average at the first step; rises linearly to 1.
         steps: Of the whole training.
         views: Makes the student's image and the teacher's; without, both see the image itself.
+        shape: `(t, c, hh, ww)` of the clips that the parts are built for. Batches of other shapes
+            are then allowed: the parts are taken for these, and share their weights.
+        distance: Between tokens predicted and tokens to predict.
 
     Example:
         >>> import torch
@@ -166,28 +216,35 @@ class TeacherIJEPA(nn.Module):
         momentum: float = 0.996,
         steps: int = 1000,
         views: Augmentation | None = None,
+        shape: Shape | None = None,
+        distance: Distance = "smooth_l1",
     ) -> None:
         super().__init__()
         self.student: Encoder = copy.deepcopy(encoder)  # type: ignore[assignment]
         self.encoder: Encoder = encoder.requires_grad_(False)  # type: ignore[assignment]
         self.predictor: MaskedPredictor = predictor  # type: ignore[assignment]
         self.masks, self.momentum, self.steps = masks, momentum, steps
-        self.views = views
+        self.views, self.shape, self.distance = views, shape, distance
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
-        """Return the loss of images; in training mode, first follow the student's last step."""
+        """Return the loss of a batch as `IJEPA` has it; in training, first follow the student."""
         if self.training and step > 0:
             self.follow(step - 1)
+        return fitted(self, batch["pixels"]).loss(batch, step)
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> Output:
+        """Return the loss of clips of the shape that all parts are for."""
         seen, foretold, masks = _inputs(batch, self.masks, self.views, step)
         z = _full_precision(self.student(seen, keep=masks.context))
         predicted = _full_precision(self.predictor(z, *masks))
-        prediction = F.smooth_l1_loss(predicted, self.targets(foretold, masks))
+        prediction = DISTANCES[self.distance](predicted, self.targets(foretold, masks))
         return Output(prediction, {"prediction": prediction.detach()}, z.detach().mean(1))
 
     @torch.no_grad()
-    def targets(self, video: Float[Tensor, "b 1 c hh ww"], masks: Masks) -> Float[Tensor, "b m d"]:
+    def targets(self, video: Float[Tensor, "b t c hh ww"], masks: Masks) -> Float[Tensor, "b m d"]:
         """Return the teacher's layer-normed tokens to predict, of the whole image."""
-        z = take_tokens(_full_precision(self.encoder(video)[:, 0]), masks.target)
+        z = rearrange(self.encoder(video), "b t n d -> b (t n) d")
+        z = take_tokens(_full_precision(z), masks.target)
         return F.layer_norm(z, z.shape[-1:])
 
     @torch.no_grad()
@@ -197,6 +254,39 @@ class TeacherIJEPA(nn.Module):
         teacher, student = (cast(nn.Module, part) for part in (self.encoder, self.student))
         for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
             slow.lerp_(fast, 1 - momentum)
+
+
+M = TypeVar("M", IJEPA, TeacherIJEPA)
+
+
+def fitted(method: M, pixels: UInt8[Tensor, "b *t hh ww c"]) -> M:
+    """Return the method for clips of this shape; it shares all weights.
+
+    Raises:
+        ValueError: the encoder, the predictor or the masks are for clips of one shape only.
+    """
+    frames = 1 if pixels.ndim == 4 else pixels.shape[1]
+    rows, columns, channels = pixels.shape[-3:]
+    shape = (frames, channels, rows, columns)
+    if method.shape in (None, shape):
+        return method
+    other = copy.copy(method)
+    other._modules = dict(method._modules)
+    for name in ("encoder", "student"):
+        if name in other._modules:
+            other._modules[name] = _for_clips(method.get_submodule(name), shape)
+    grid = cast(OnGrid, other.encoder).grid
+    if not isinstance(method.predictor, ForGrid):
+        raise ValueError(f"masked predictor has no `for_grid`, and clips of {shape} came")
+    other._modules["predictor"] = method.predictor.for_grid(grid)
+    other.masks, other.shape = method.masks.for_grid(grid), shape
+    return other
+
+
+def _for_clips(encoder: nn.Module, shape: Shape) -> nn.Module:
+    if not isinstance(encoder, ForClips):
+        raise ValueError(f"encoder has no `for_clips`, and clips of {shape} came")
+    return encoder.for_clips(shape)
 
 
 def centre_positions(
@@ -256,19 +346,30 @@ def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
 
 def _inputs(
     batch: dict[str, Tensor], draw: DrawMasks, views: Augmentation | None, step: int
-) -> tuple[Float[Tensor, "b 1 c hh ww"], Float[Tensor, "b 1 c hh ww"], Masks]:
-    """Return what is seen and what is foretold, clips of one frame in [0, 1], and their masks.
+) -> tuple[Float[Tensor, "b t c hh ww"], Float[Tensor, "b t c hh ww"], Masks]:
+    """Return what is seen and what is foretold, clips with values in [0, 1], and their masks.
 
     Two views are flipped together, or a token would be foretold at the mirrored place.
     """
     index = batch["index"].cpu()
-    images = images_from_bytes(batch["pixels"])
-    masks = Masks(*(kept.to(images.device) for kept in draw(index, step)))
+    clips = clips_from_bytes(batch["pixels"])
+    masks = Masks(*(kept.to(clips.device) for kept in draw(index, step)))
     if views is None:
-        return images.unsqueeze(1), images.unsqueeze(1), masks
+        return clips, clips, masks
     numbers = flip_together(random_numbers(index, views=2, seed=draw.seed, step=step))
-    seen, foretold = (views(images, own).unsqueeze(1) for own in numbers)
+    seen, foretold = (views(clips, own) for own in numbers)
     return seen, foretold, masks
+
+
+def clips_from_bytes(pixels: UInt8[Tensor, "b *t hh ww c"]) -> Float[Tensor, "b t c hh ww"]:
+    """Return clips, or images as clips of one frame, as floats in [0, 1]."""
+    clips = pixels.unsqueeze(1) if pixels.ndim == 4 else pixels
+    return rearrange(clips, "b t hh ww c -> b t c hh ww").to(torch.get_default_dtype()) / 255
+
+
+def _length(encoder: Encoder) -> int:
+    """Return the number of tokens of a clip."""
+    return math.prod(cast(OnGrid, encoder).grid)
 
 
 def _full_precision(z: Tensor) -> Tensor:

@@ -1,0 +1,346 @@
+"""Train a video encoder by V-JEPA: hidden tubes are predicted, features are Gaussian."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Int, UInt8
+from torch import Tensor, nn
+
+import jepa_world
+from jepa_world.checkpoint import find_checkpoint, load_state, load_tensors
+from jepa_world.commands import use_one_thread
+from jepa_world.commands.train_ijepa import MOMENTUM
+from jepa_world.config import Part, require_at_least, to_dict
+from jepa_world.data.clips import Clips, hold_out, load_clips
+from jepa_world.data.images import Images, load_images
+from jepa_world.data.motion import letters, write_motion_clips
+from jepa_world.interfaces import Encoder
+from jepa_world.methods.ijepa import IJEPA, TeacherIJEPA
+from jepa_world.methods.vjepa import MaskKind, build_vjepa
+from jepa_world.pictures import clip_picture, tube_picture
+from jepa_world.probes import attentive_probe, clip_features, clip_tokens, knn_probe
+from jepa_world.registry import UserError
+from jepa_world.runs import Run
+from jepa_world.testing import check_encoder, check_masked_predictor
+from jepa_world.training import Training, begin, make_accelerator, train
+
+
+@dataclass(frozen=True)
+class ClipFlags:
+    """What is cut from videos, and how it is read."""
+
+    frames: int = 16
+    """Frames of a clip."""
+    fps: float = 8.0
+    """Frames a second of a clip, whatever the video's own."""
+    size: int = 48
+    """Side in pixels: the middle square of a frame is scaled to it."""
+    stages: tuple[tuple[float, int, int], ...] = ()
+    """Shorter or smaller clips at first: share of the steps, frames and size of every stage; the
+    steps that are left have the full ones."""
+    cache: bool = False
+    """Decode all videos once and keep them in memory, for sets that fit."""
+    workers: int = 0
+    """Processes that read and decode ahead."""
+
+
+@dataclass(frozen=True)
+class TrainVjepa(Training):
+    """Train an encoder on videos without labels: error of hidden tubes + weight * SIGReg.
+
+    Without arguments: generated clips of moving letters, and what the features tell of the motion
+    and of the letter.
+    """
+
+    data: Path = Path("motion")
+    """`motion` (generated), a folder or tar of videos, a list of files, or a csv with labels."""
+    clips: ClipFlags = ClipFlags()
+    """What is cut from the videos."""
+    images: Path | None = None
+    """Images for every fourth step, as train_ijepa takes them: joint training."""
+    start: Path | None = None
+    """Run folder of an encoder of images or videos, whose weights are the first."""
+    encoder: Part = Part(
+        "vit",
+        {
+            **{"dim": 96, "depth": 4, "heads": 3, "patch": 8, "tubelet": 2},
+            **{"positions": "rotary", "standardise": True},
+        },
+    )
+    """Maps clips to tokens on a grid."""
+    masked_predictor: Part = Part("cross", {"width": 64, "depth": 2, "heads": 2})
+    """Maps visible tokens to hidden ones."""
+    masks: tuple[MaskKind, ...] = ("short", "long")
+    """Kinds of masks that take turns: blocks of .15 of the frame, of .7, places one by one."""
+    views: tuple[float, float] = (0.7, 0.5)
+    """The context is seen in one view of the clip, targets in another: least share of the frame
+    that a view keeps, and strength of jitter, greying, blur and solarising."""
+    teacher: Literal["none", "ema"] = "none"
+    """none: SIGReg keeps features from collapsing; ema: a moving average does, as published with
+    --views 1 0."""
+    weights: tuple[float, float] = (1.0, 20.0)
+    """Weights against the error of tokens: of SIGReg of tokens, without its factor N, and of
+    foretelling the hidden part as a whole, with a SIGReg of its own."""
+    steps: int = 600
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 5e-2
+
+
+def run(config: TrainVjepa) -> None:
+    """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
+    use_one_thread()
+    check(config)
+    made = Run.of("train_vjepa", config.run_dir)
+    accelerator = make_accelerator(config.precision, config.log_with, made.folder)
+    if accelerator.is_main_process and config.data == Path("motion"):
+        write_default(config.data)
+    accelerator.wait_for_everyone()
+    whole, test = load_parts(config.data)
+    if config.clips.cache or config.data == Path("motion"):
+        whole, test = (part.cached(size=config.clips.size) for part in (whole, test))
+    training, held_out = hold_out(whole)
+    images = None if config.images is None else load_images(config.images, size=config.clips.size)
+
+    shape = (config.clips.frames, 3, config.clips.size, config.clips.size)
+    description = describe(config, shape)
+    torch.manual_seed(config.seed)
+    method = checked_vjepa(description, shape)
+    if config.start is not None:
+        start_from(method, config.start)
+    begin(made, config, description, len(training), accelerator)
+    accelerator.print(
+        f"{len(training)} videos, {sum(p.numel() for p in method.parameters()):,} parameters, "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    )
+    if whole.skipped:
+        accelerator.print(f"{len(whole.skipped)} files skipped: {', '.join(whole.skipped[:5])}")
+    last = train(
+        *(method, Reader(training, images and images[0], config), len(training), config),
+        accelerator=accelerator,
+        run_dir=made.folder,
+        evaluate=lambda: quick_probe(method.encoder, training, held_out, config.clips),
+        workers=config.clips.workers,
+    )
+    if accelerator.is_main_process:
+        torch.manual_seed(config.seed)
+        random = build_vjepa(description).to(next(method.parameters()).device)
+        encoders = {"trained": method.eval().encoder, "random": random.eval().encoder}
+        probed = beside_a_random_encoder(encoders, whole, test, config.clips)
+        draw_clips(made.folder, method, held_out, config.clips)
+        made.finish({**last, "seed": config.seed, "probe": probed})
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the batch of a step: clips of the shape of its stage, or images in their turn."""
+
+    clips: Clips
+    images: Images | None
+    config: TrainVjepa
+
+    def __call__(self, index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
+        """Return `pixels`, bytes, of the samples `index`, and what number each has in the data."""
+        if self.images is not None and step % 4 == 3:
+            chosen = index % len(self.images)
+            pixels = self.images.pixels[chosen]
+            if pixels.shape[-1] == 1:
+                pixels = np.repeat(pixels, 3, -1)
+            return {"pixels": torch.from_numpy(pixels), "index": torch.from_numpy(chosen)}
+        frames, size = stage(self.config, step)
+        pixels, drawn = self.clips.draw(
+            index,
+            frames=frames,
+            fps=self.config.clips.fps,
+            size=size,
+            seed=self.config.seed,
+            step=step,
+        )
+        return {"pixels": torch.from_numpy(pixels), "index": torch.from_numpy(drawn)}
+
+
+def stage(config: TrainVjepa, step: int) -> tuple[int, int]:
+    """Return the frames and the size of the clips of a step."""
+    done = 0.0
+    for share, frames, size in config.clips.stages:
+        done += share
+        if step < round(done * config.steps):
+            return frames, size
+    return config.clips.frames, config.clips.size
+
+
+def write_default(folder: Path, *, items: int = 4000, test_items: int = 1000) -> None:
+    """Write the clips of moving letters, or finish an interrupted writing."""
+    for part, count, seed in (("train", items, 0), ("test", test_items, 1)):
+        if not (folder / part / "clips.csv").is_file():
+            write_motion_clips(folder / part, letters(count, seed=seed), seed=seed)
+
+
+def load_parts(data: Path) -> tuple[Clips, Clips]:
+    """Return the training and the test part: the folders `train` and `test`, or a part held out."""
+    parts = [data / name for name in ("train", "test")]
+    if not all(part.is_dir() for part in parts):
+        return hold_out(load_clips(data))
+    lists = [part / "clips.csv" for part in parts]
+    training, test = (
+        load_clips(listed if listed.is_file() else part)
+        for part, listed in zip(parts, lists, strict=True)
+    )
+    return training, test
+
+
+def describe(config: TrainVjepa, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return what the checkpoint holds beside the weights: how the method is built."""
+    (crop, colour), (weight, whole) = config.views, config.weights
+    teacher = {"momentum": MOMENTUM, "steps": config.steps}
+    return {
+        "method": "vjepa",
+        "observation_shape": list(shape),
+        "encoder": to_dict(config)["encoder"],
+        "masked_predictor": to_dict(config)["masked_predictor"],
+        "masks": list(config.masks),
+        "predict": 1.0,
+        "teacher": teacher if config.teacher == "ema" else None,
+        "views": {"crop": crop, "colour": colour},
+        "whole": whole,
+        "distance": "l1" if config.teacher == "ema" else "l2",
+        "sigreg": {"slices": 64, "seed": config.seed, "weight": weight},
+        "jepa_world": jepa_world.__version__,
+    }
+
+
+def checked_vjepa(
+    description: dict[str, Any], shape: tuple[int, int, int, int]
+) -> IJEPA | TeacherIJEPA:
+    """Build the method; its parts may be anybody's, and keep their contracts."""
+    method = build_vjepa(description)
+    encoder: Any = method.encoder
+    check_encoder(method.get_submodule("encoder"), shape)
+    check_masked_predictor(method.get_submodule("predictor"), encoder.dim, encoder.grid)
+    return method
+
+
+def start_from(method: IJEPA | TeacherIJEPA, run: Path) -> None:
+    """Give the encoder the weights of a trained one, of images or of videos.
+
+    A map of patches of one frame is laid under every frame of a tubelet, divided by their number:
+    a still clip looks to it as the image did.
+
+    Raises:
+        UserError: no checkpoint, or another encoder.
+    """
+    file = find_checkpoint(run) / "model.safetensors"
+    tensors, _ = load_tensors(file)
+    weights = {
+        k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")
+    }
+    for name in ("encoder", "student"):
+        if name in dict(method.named_children()):
+            load_inflated(method.get_submodule(name), weights, str(file))
+
+
+def load_inflated(encoder: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+    """Load weights, and lay a map of patches of one frame under every frame of a tubelet."""
+    own = encoder.state_dict()
+    for key, value in weights.items():
+        if key in own and value.ndim == 2 and own[key].ndim == 2:
+            times = own[key].shape[1] // value.shape[1]
+            if times > 1 and own[key].shape == (value.shape[0], times * value.shape[1]):
+                weights = weights | {key: value.repeat(1, times) / times}
+    load_state(encoder, weights, name)
+
+
+def middles(clips: Clips, flags: ClipFlags) -> UInt8[np.ndarray, "n t hh ww c"]:
+    """Return the clip in the middle of every video."""
+    every = np.arange(len(clips))
+    return clips.read_middle(every, frames=flags.frames, fps=flags.fps, size=flags.size)
+
+
+def quick_probe(
+    encoder: Encoder, training: Clips, held_out: Clips, flags: ClipFlags
+) -> dict[str, float]:
+    """Return how well mean tokens tell every label, by k-NN among 2000 videos at most."""
+    if not training.classes:
+        return {}
+    training = some(training, 2000)
+    fit_z, z = (clip_features(encoder, middles(part, flags)) for part in (training, held_out))
+    return {
+        f"knn_{factor}": accuracy(knn_probe(fit_z, tensor(labels), z), held_out.classes[factor])
+        for factor, labels in training.classes.items()
+    }
+
+
+def beside_a_random_encoder(
+    encoders: dict[str, Encoder], training: Clips, test: Clips, flags: ClipFlags
+) -> dict[str, dict[str, float]]:
+    """Print what attentive probes read of every label from each encoder, by up to 2000 videos."""
+    if not training.classes:
+        return {}
+    training, test = some(training, 2000), some(test, 1000)
+    rows: dict[str, dict[str, float]] = {}
+    for name, encoder in encoders.items():
+        fit_z, z = (clip_tokens(encoder, middles(part, flags)) for part in (training, test))
+        rows[name] = {
+            factor: accuracy(attentive_probe(fit_z, tensor(labels), z), test.classes[factor])
+            for factor, labels in training.classes.items()
+        }
+    for factor in training.classes:
+        words = ", ".join(f"{name} encoder {row[factor]:.3f}" for name, row in rows.items())
+        print(f"{factor:>20}: {words} (attentive probe)")
+    return rows
+
+
+def some(clips: Clips, at_most: int) -> Clips:
+    """Return evenly chosen videos."""
+    return clips.take(np.linspace(0, len(clips) - 1, min(at_most, len(clips))).astype(int))
+
+
+def accuracy(predicted: Tensor, labels: Int[np.ndarray, " n"]) -> float:
+    """Return the share of right predictions."""
+    return round(float((predicted.cpu().numpy() == labels).mean()), 4)
+
+
+def tensor(labels: Int[np.ndarray, " n"]) -> Tensor:
+    """Return labels as a tensor."""
+    return torch.from_numpy(labels)
+
+
+def draw_clips(folder: Path, method: IJEPA | TeacherIJEPA, clips: Clips, flags: ClipFlags) -> None:
+    """Draw masks and tokens of the first clips over time, as `masks.png` and `tokens.png`."""
+    pixels = middles(clips.take(np.arange(min(4, len(clips)))), flags)
+    encoder: Any = method.encoder
+    for step, kind in enumerate(dict.fromkeys(method.masks.kinds)):
+        masks = kind(torch.arange(len(pixels)), step)
+        tube_picture(pixels, masks, encoder.grid).savefig(folder / f"masks{step}.png", dpi=120)
+    tokens = clip_tokens(encoder, pixels)
+    maps = rearrange(tokens, "n (t y x) d -> n t y x d", t=encoder.grid[0], y=encoder.grid[1])
+    clip_picture(pixels, maps).savefig(folder / "tokens.png", dpi=120)
+
+
+def check(config: TrainVjepa) -> None:
+    """Check the numbers of a configuration.
+
+    Raises:
+        UserError: naming the flag, the number and what is allowed.
+    """
+    require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
+    require_at_least(config, lr=0, weight_decay=0, seed=0)
+    flags = config.clips
+    if flags.frames < 1 or flags.size < 8 or not flags.fps > 0 or flags.workers < 0:
+        raise UserError(
+            f"--clips of {flags.frames} frames, {flags.fps} a second, {flags.size} pixels, by "
+            f"{flags.workers} workers: give at least 1, more than 0, 8, and 0"
+        )
+    shares = [share for share, _, _ in flags.stages]
+    if any(share <= 0 for share in shares) or sum(shares) > 1:
+        raise UserError(f"--clips.stages have the shares {shares}: they add up to 1 at most")
+    if not (0 < config.views[0] <= 1 and config.views[1] >= 0):
+        raise UserError(f"--views {config.views}: give a share in (0, 1] and a strength from 0 on")
+    if min(config.weights) < 0:
+        raise UserError(f"--weights {config.weights}: give two numbers from 0 on")
+    if not config.masks:
+        raise UserError("--masks: give at least one of short, long and random")
