@@ -1,35 +1,67 @@
-"""Read the I-JEPA weights of others into a `ViTEncoder`, and write one as `transformers` has it.
+"""Read the I-JEPA and V-JEPA 2 weights of others, and write an I-JEPA as `transformers` has it.
 
 Keys are converted, nothing is left over and nothing missing: a file that does not fit is an error.
 Meta's files hold the teacher as `target_encoder` (the one that was evaluated) and are preferred in
 that order; `transformers` has folders with `config.json` and `model.safetensors`.
-(I-JEPA, https://arxiv.org/abs/2301.08243.)
+
+Published encoders expect pixels of mean 0 and deviation 1 over ImageNet, those of this package
+pixels in [0, 1]: `fold_pixel_statistics` makes the former the latter.
+(I-JEPA, https://arxiv.org/abs/2301.08243; V-JEPA 2, https://arxiv.org/abs/2506.09985.)
 """
 
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from pickle import UnpicklingError
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from einops import rearrange
-from torch import Tensor
+from einops import rearrange, repeat
+from torch import Tensor, nn
 
 from jepa_world.encoders.vit import SIZES, ViTEncoder
+from jepa_world.nn import AttentiveProbe
+from jepa_world.predictors.block_causal import BlockCausalPredictor
+from jepa_world.predictors.masked import MaskedTransformer
 
 Weights = dict[str, Tensor]
 Source = Literal["meta", "transformers"]
-_META = (
-    (r"^(module\.)?(backbone\.)?", ""),
-    (r"^pos_embed$", "positions"),
-    (r"^patch_embed\.proj\.", "embed."),
-    (r"\.attn\.qkv\.", ".attention.qkv."),
-    (r"\.attn\.proj\.", ".attention.out."),
+Table = tuple[tuple[str, str], ...]
+Fact = TypeVar("Fact")
+_PREFIX = (r"^(module\.)?(backbone\.)?", "")
+_META_BLOCKS = (
+    (r"\.attn\.(qkv|proj)\.", r".attention.\1."),
+    (r"\.attention\.proj\.", ".attention.out."),
     (r"\.mlp\.fc1\.", ".mlp.0."),
     (r"\.mlp\.fc2\.", ".mlp.3."),
 )
-_TRANSFORMERS = (
+_META = (
+    _PREFIX,
+    (r"^pos_embed$", "positions"),
+    (r"^patch_embed\.proj\.", "embed."),
+    *_META_BLOCKS,
+)
+_META_PREDICTOR = (
+    _PREFIX,
+    (r"^predictor_pos_embed$", "positions"),
+    (r"^predictor_proj\.", "out."),
+    (r"^predictor_(embed|blocks|norm)\.", r"\1."),
+    (r"^(action|state)_encoder\.", r"\1."),
+    *_META_BLOCKS,
+)
+_META_PROBE = (
+    _PREFIX,
+    (r"^pooler\.query_tokens$", "query"),
+    (r"^pooler\.cross_attention_block\.", ""),
+    (r"^xattn\.", "attention."),
+    (r"^mlp\.fc1\.", "mlp.0."),
+    (r"^mlp\.fc2\.", "mlp.3."),
+    (r"^pooler\.blocks\.", "blocks."),
+    (r"^linear\.", "out."),
+    *_META_BLOCKS,
+)
+_IJEPA = (
     (r"^ijepa\.", ""),
     (r"^embeddings\.position_embeddings$", "positions"),
     (r"^embeddings\.patch_embeddings\.projection\.", "embed."),
@@ -44,6 +76,28 @@ _TRANSFORMERS = (
     (r"\.(output\.dense|mlp\.fc2)\.", ".mlp.3."),
     (r"^layernorm\.", "norm."),
 )
+_VJEPA2 = (
+    (r"^embeddings\.(patch_embeddings\.proj|predictor_embeddings)\.", "embed."),
+    (r"^embeddings\.mask_tokens$", "mask_token"),
+    (r"^layer\.", "blocks."),
+    (r"\.attention\.(q|k|v)(uery|ey|alue)\.", r".attention.\1."),
+    (r"\.attention\.proj\.", ".attention.out."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+    (r"^layernorm\.", "norm."),
+    (r"^proj\.", "out."),
+)
+_VJEPA2_PROBE = (
+    (r"^pooler\.query_tokens$", "query"),
+    (r"^pooler\.cross_attention_layer\.", ""),
+    (r"^pooler\.self_attention_layers\.", "blocks."),
+    (r"(^|\.)layer_norm([12])\.", r"\1norm\2."),
+    (r"(^|\.)(cross_attn|self_attn)\.([qkv])_proj\.", r"\1attention.\3."),
+    (r"\.self_attn\.out_proj\.", ".attention.out."),
+    (r"(^|\.)mlp\.fc1\.", r"\1mlp.0."),
+    (r"(^|\.)mlp\.fc2\.", r"\1mlp.3."),
+    (r"^classifier\.", "out."),
+)
 _EXPORT = (
     (r"^blocks\.", "layers."),
     (r"\.norm1\.", ".layernorm_before."),
@@ -56,6 +110,14 @@ _EXPORT = (
     (r"^positions$", "embeddings.position_embeddings"),
     (r"^embed\.", "embeddings.patch_embeddings.projection."),
 )
+_HEADS = {width: heads for width, _, heads, _ in SIZES.values()}
+_PREDICTOR_HEADS = {384: 12}
+_AC_HEADS = {1024: 16}
+_FRAMES = {1024: 64, 1280: 64, 1408: 64}
+_IMAGE_SIZES = {1024: (256, 256), 1280: (256, 256)}  # 1408 was published at 256 and at 384
+_AC_IMAGE_SIZES = {1408: (256, 256)}
+_META_PROBE_HEADS = 16  # whatever the encoder's number
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Architecture(NamedTuple):
@@ -104,7 +166,8 @@ def load_ijepa(
             published size of this width, if not given.
 
     Raises:
-        ValueError: a name or a shape that does not fit, or a fact that must be given.
+        ValueError: a file that is damaged, a name or a shape that does not fit, or a fact that must
+            be given.
 
     Example:
         >>> from jepa_world.encoders.vit import ViTEncoder
@@ -113,21 +176,166 @@ def load_ijepa(
         >>> load_ijepa(exported, source="transformers", heads=2).grid
         (1, 4, 4)
     """
-    config: dict[str, Any] = {}
-    if not isinstance(weights, Mapping):
-        weights, config = _read(Path(weights))
-    table = _TRANSFORMERS if source == "transformers" else _META
-    renamed = _renamed(_encoder_of(weights), table)
+    content, config = _opened(weights, source)
+    table = _IJEPA if source == "transformers" else _META
+    renamed = _renamed(_encoder_of(content), table)
     if config:
-        size = config["image_size"]
+        size = _told(config, "image_size")
         image_size = image_size or ((size, size) if isinstance(size, int) else tuple(size))
-        heads = heads or int(config["num_attention_heads"])
+        heads = heads or int(_told(config, "num_attention_heads"))
     encoder = architecture_of(renamed, image_size=image_size, heads=heads).build()
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = float(config.get("layer_norm_eps", 1e-6))
-    _load_strictly(encoder, renamed)
+    positions = renamed.pop("positions").reshape(encoder.positions.shape).float()
+    _fill(encoder, renamed, eps=float(config.get("layer_norm_eps", 1e-6)))
+    published = torch.allclose(positions, encoder.positions, atol=1e-4)
+    if not published:  # learned positions are saved with the encoder; ours are computed
+        encoder.register_buffer("positions", positions, persistent=True)
     return encoder
+
+
+def load_vjepa2(
+    weights: Path | str | Mapping[str, Any],
+    *,
+    source: Source = "meta",
+    frames: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    predictor_heads: int | None = None,
+) -> tuple[ViTEncoder, MaskedTransformer]:
+    """Return the encoder and the masked predictor of a V-JEPA 2 file, a folder, or its content.
+
+    What no weight tells is taken from the argument, else from `config.json`, else from what was
+    published for this width. With rotary positions, weights serve any number of frames and any
+    image size. `transformers` asks with mask token 1: `predictor(..., mask_token=1)`.
+
+    Args:
+        weights: Meta: a `.pt` file or what it holds. `transformers`: a folder that
+            `save_pretrained` wrote (of a classifier too: its head is left to
+            `load_attentive_probe`), its safetensors file, or a state dict.
+        source: Whose names the weights have.
+        frames: Of a clip.
+        image_size: Height and width.
+        heads: Attention heads of the encoder.
+        predictor_heads: Attention heads of the predictor.
+
+    Raises:
+        ValueError: a file that is damaged, a name or a shape that does not fit, or a fact that must
+            be given.
+    """
+    content, config = _opened(weights, source)
+    parts = _VJEPA2_PARTS[source](content)
+    if config:
+        side = int(_told(config, "crop_size"))
+        frames = frames or int(_told(config, "frames_per_clip"))
+        image_size = image_size or (side, side)
+        heads = heads or int(_told(config, "num_attention_heads"))
+        predictor_heads = predictor_heads or int(_told(config, "pred_num_attention_heads"))
+        _check_depth(parts[0], int(_told(config, "num_hidden_layers")))
+        _check_depth(parts[1], int(_told(config, "pred_num_hidden_layers")))
+    eps = float(config.get("layer_norm_eps", 1e-6))
+    encoder = _rotary_encoder(parts[0], frames, image_size, heads)
+    _fill(encoder, parts[0], eps)
+    predictor = _rotary_predictor(parts[1], encoder, predictor_heads)
+    _fill(predictor, parts[1], eps)
+    return encoder, predictor
+
+
+def load_vjepa2_ac(
+    weights: Path | str | Mapping[str, Any],
+    *,
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    predictor_heads: int | None = None,
+) -> tuple[ViTEncoder, BlockCausalPredictor]:
+    """Return the encoder of frames and the predictor of a V-JEPA 2-AC file, or of its content.
+
+    Latents and predictions are layer-normed. The published world model shows its video encoder
+    every frame twice; here the kernel of its patches is summed over the two, which is the same for
+    half the pixels. `extrinsics_encoder`, which the published model holds and does not use, is left
+    out.
+
+    Args:
+        weights: A `.pt` file of Meta's, or what it holds.
+        image_size: Height and width; 256 x 256 at the published width.
+        heads: Attention heads of the encoder, published for its width.
+        predictor_heads: Attention heads of the predictor, 16 at the published width.
+
+    Raises:
+        ValueError: a file that is damaged, a name or a shape that does not fit, or a fact that must
+            be given.
+    """
+    content, _ = _opened(weights, "meta")
+    seeing = _renamed(_section(content, "target_encoder", "encoder"), _META)
+    seeing.pop("positions", None)
+    acting = _renamed(_section(content, "predictor"), _META_PREDICTOR)
+    acting = {name: v for name, v in acting.items() if not name.startswith("extrinsics_encoder.")}
+    width, *_ = _shape(seeing, "embed.weight", 5)
+    seeing["embed.weight"] = seeing["embed.weight"].sum(2, keepdim=True)
+    size = _known("image_size", image_size, _AC_IMAGE_SIZES, width)
+    encoder = _rotary_encoder(seeing, 1, size, heads, normalise=True)
+    _fill(encoder, seeing, eps=1e-6)
+    predictor = _acting_predictor(acting, encoder, predictor_heads)
+    _fill(predictor, acting, eps=1e-6)
+    return encoder, predictor
+
+
+def load_attentive_probe(
+    weights: Path | str | Mapping[str, Any],
+    *,
+    source: Source = "meta",
+    heads: int | None = None,
+    number: int = 0,
+) -> AttentiveProbe:
+    """Return the attentive probe of a V-JEPA 2 classifier's file, folder, or its content.
+
+    Args:
+        weights: Meta: a `.pt` file with `classifiers`, what it holds, or one of them.
+            `transformers`: a folder of a `VJEPA2ForVideoClassification`, its safetensors file, or a
+            state dict.
+        source: Whose names the weights have.
+        heads: Attention heads; 16 in Meta's probes, those of the encoder in `transformers`.
+        number: Of Meta's classifiers, which differ in how they were trained.
+
+    Raises:
+        ValueError: a file that is damaged, a name or a shape that does not fit, or a fact that must
+            be given.
+    """
+    content, config = _opened(weights, source)
+    if source == "transformers":
+        named = {k: v for k, v in content.items() if k.startswith(("pooler.", "classifier."))}
+        renamed = _renamed(_tensors(named), _VJEPA2_PROBE)
+        eps = float(config.get("layer_norm_eps", 1e-6))
+        heads = heads or (int(_told(config, "num_attention_heads")) if config else None)
+    else:
+        renamed = _renamed(_tensors(_classifier(content, number)), _META_PROBE)
+        eps, heads = 1e-5, heads or _META_PROBE_HEADS
+    classes, dim = _shape(renamed, "out.weight", 2)
+    heads = _known("heads", heads, _HEADS, dim)
+    probe = AttentiveProbe(dim, classes, heads=heads, depth=_depth(renamed))
+    if "query" in renamed:
+        renamed["query"] = _rows(renamed["query"])
+    _fill(probe, renamed, eps)
+    return probe
+
+
+def fold_pixel_statistics(
+    encoder: ViTEncoder,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> None:
+    """Make an encoder of pixels (x - mean) / std, by channel, one of pixels x in [0, 1].
+
+    The patches' linear map takes the statistics up, in place: it costs nothing later.
+
+    Example:
+        >>> encoder = ViTEncoder((1, 3, 32, 32), dim=64, depth=2, heads=2)
+        >>> fold_pixel_statistics(encoder)
+    """
+    embed = encoder.embed
+    pixels = embed.in_features // len(mean)
+    means, stds = (repeat(torch.tensor(x), "c -> (pixels c)", pixels=pixels) for x in (mean, std))
+    with torch.no_grad():
+        embed.weight /= stds.to(embed.weight)
+        embed.bias -= embed.weight @ means.to(embed.weight)
 
 
 def to_transformers(encoder: ViTEncoder) -> tuple[Weights, dict[str, Any]]:
@@ -194,11 +402,121 @@ def architecture_of(
             f"{length} positions of patches of {patch} do not make an image of {size}: give "
             "image_size=(height, width)"
         )
-    published = {width: number for width, _, number, _ in SIZES.values()}
-    if heads is None and dim not in published:
-        raise ValueError(f"width {dim} is none of the published {sorted(published)}: give heads=")
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    return Architecture(size, channels, patch, dim, len(blocks), heads or published[dim], hidden)
+    heads = _known("heads", heads, _HEADS, dim)
+    return Architecture(size, channels, patch, dim, _depth(weights), heads, hidden)
+
+
+def _rotary_encoder(
+    weights: Weights,
+    frames: int | None,
+    image_size: tuple[int, int] | None,
+    heads: int | None,
+    *,
+    normalise: bool = False,
+) -> ViTEncoder:
+    """Build the V-JEPA 2 encoder that weights with our names are of."""
+    dim, channels, tubelet, patch, _ = _shape(weights, "embed.weight", 5)
+    hidden, _ = _shape(weights, "blocks.0.mlp.0.weight", 2)
+    frames = _known("frames", frames, _FRAMES, dim)
+    image_size = _known("image_size", image_size, _IMAGE_SIZES, dim)
+    return ViTEncoder(
+        (frames, channels, *image_size),
+        patch=patch,
+        tubelet=tubelet,
+        dim=dim,
+        depth=_depth(weights),
+        heads=_known("heads", heads, _HEADS, dim),
+        mlp_ratio=hidden / dim,
+        positions="rotary",
+        normalise=normalise,
+    )
+
+
+def _rotary_predictor(
+    weights: Weights, encoder: ViTEncoder, heads: int | None
+) -> MaskedTransformer:
+    """Build the V-JEPA 2 predictor that weights with our names are of."""
+    width, _ = _shape(weights, "embed.weight", 2)
+    hidden, _ = _shape(weights, "blocks.0.mlp.0.weight", 2)
+    tokens = weights["mask_token"]
+    return MaskedTransformer(
+        encoder.dim,
+        encoder.grid,
+        width=width,
+        depth=_depth(weights),
+        heads=_known("predictor_heads", heads, _PREDICTOR_HEADS, width),
+        mlp_ratio=hidden / width,
+        positions="rotary",
+        mask_tokens=1 if tokens.ndim == 1 else len(tokens),
+    )
+
+
+def _acting_predictor(
+    weights: Weights, encoder: ViTEncoder, heads: int | None
+) -> BlockCausalPredictor:
+    """Build the V-JEPA 2-AC predictor that weights with our names are of."""
+    width, action_dim = _shape(weights, "action.weight", 2)
+    hidden, _ = _shape(weights, "blocks.0.mlp.0.weight", 2)
+    return BlockCausalPredictor(
+        encoder.dim,
+        action_dim,
+        rows=encoder.grid[1],
+        state_dim=_shape(weights, "state.weight", 2)[1],
+        width=width,
+        depth=_depth(weights),
+        heads=_known("predictor_heads", heads, _AC_HEADS, width),
+        mlp_ratio=hidden / width,
+        normalise=True,
+    )
+
+
+def _known(name: str, given: Fact | None, published: dict[int, Fact], width: int) -> Fact:
+    """Return what was given, or what was published for this width."""
+    if given is not None:
+        return given
+    if width not in published:
+        raise ValueError(
+            f"no weight tells {name}, and width {width} is none of the published "
+            f"{sorted(published)}: give {name}="
+        )
+    return published[width]
+
+
+def _shape(weights: Weights, name: str, axes: int) -> tuple[int, ...]:
+    """Return the shape of a weight that the architecture is read off."""
+    if name not in weights:
+        raise ValueError(f"the weights lack {name!r}")
+    shape = tuple(weights[name].shape)
+    if len(shape) != axes:
+        raise ValueError(f"the weights hold {name!r} of shape {shape}, expected {axes} axes")
+    return shape
+
+
+def _depth(weights: Weights) -> int:
+    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+
+
+def _check_depth(weights: Weights, expected: int) -> None:
+    if _depth(weights) != expected:
+        raise ValueError(
+            f"the weights hold {_depth(weights)} blocks where config.json says {expected}"
+        )
+
+
+def _told(config: dict[str, Any], name: str) -> Any:
+    if name not in config:
+        raise ValueError(f"config.json lacks {name!r}")
+    return config[name]
+
+
+def _opened(
+    weights: Path | str | Mapping[str, Any], source: Source
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return the content of a file or a folder, and what `transformers` says of it, if anything."""
+    if isinstance(weights, Mapping):
+        return weights, {}
+    content, config = _read(Path(weights))
+    return content, config if source == "transformers" else {}
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -209,24 +527,106 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         if not present:
             raise ValueError(f"{str(path)!r} has neither model.safetensors nor pytorch_model.bin")
         path = present[0]
+    from safetensors import SafetensorError
+
     described = path.parent / "config.json"
-    config = json.loads(described.read_text()) if described.is_file() else {}
+    try:
+        config = json.loads(described.read_text()) if described.is_file() else {}
+        content = _tensors_of_file(path)
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{str(path)!r} cannot be read as weights alone: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not named weights")
+    return content, config
+
+
+def _tensors_of_file(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path), config
-    return torch.load(path, map_location="cpu", weights_only=True), config
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _encoder_of(weights: Mapping[str, Any]) -> Weights:
     """Return the encoder's own state dict: the teacher's, the student's, or the mapping itself."""
     for name in ("target_encoder", "encoder"):
         if isinstance(weights.get(name), Mapping):
-            return dict(weights[name])
+            return _tensors(weights[name])
+    return _tensors(weights)
+
+
+def _section(weights: Mapping[str, Any], *names: str) -> Weights:
+    """Return the state dict of the first of these names that a file of Meta's has."""
+    for name in names:
+        if isinstance(weights.get(name), Mapping):
+            return _tensors(weights[name])
+    raise ValueError(f"the file holds no {names[0]!r}, but {sorted(map(str, weights))[:6]}")
+
+
+def _classifier(weights: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    """Return one of Meta's classifiers, or the mapping itself if it is one."""
+    if "classifiers" not in weights:
+        return weights
+    classifiers = weights["classifiers"]
+    if not 0 <= number < len(classifiers):
+        raise ValueError(f"the file holds {len(classifiers)} classifiers, none has number {number}")
+    return classifiers[number]
+
+
+def _tensors(weights: Mapping[str, Any]) -> Weights:
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name!r} is a {type(value).__name__}, not a weight")
     return dict(weights)
 
 
-def _renamed(weights: Weights, table: tuple[tuple[str, str], ...]) -> Weights:
+def _vjepa2_of_meta(weights: Mapping[str, Any]) -> tuple[Weights, Weights]:
+    """Return the weights of encoder and predictor under our names, from a file of Meta's.
+
+    Their sine-cosine positions, which rotary models carry along unused, are left out by name.
+    """
+    encoder = _renamed(_section(weights, "target_encoder", "encoder"), _META)
+    predictor = _renamed(_section(weights, "predictor"), _META_PREDICTOR)
+    for part in (encoder, predictor):
+        part.pop("positions", None)
+    numbers = range(sum(name.startswith("mask_tokens.") for name in predictor))
+    for number in numbers:
+        _shape(predictor, f"mask_tokens.{number}", 3)
+    tokens = [predictor.pop(f"mask_tokens.{number}") for number in numbers]
+    if not tokens:
+        raise ValueError("the weights lack 'mask_tokens.0'")
+    predictor["mask_token"] = _rows(torch.cat(tokens))
+    return encoder, predictor
+
+
+def _vjepa2_of_transformers(weights: Mapping[str, Any]) -> tuple[Weights, Weights]:
+    """Return the weights of encoder and predictor under our names, from a state dict."""
+    whole = {name.removeprefix("vjepa2."): v for name, v in _tensors(weights).items()}
+    known = ("encoder.", "predictor.", "pooler.", "classifier.")
+    for name in whole:
+        if not name.startswith(known):
+            raise ValueError(f"the weights hold unknown {name!r}")
+    encoder, predictor = (
+        _renamed({k.removeprefix(p): v for k, v in whole.items() if k.startswith(p)}, _VJEPA2)
+        for p in known[:2]
+    )
+    if "mask_token" not in predictor:
+        raise ValueError("the weights lack 'predictor.embeddings.mask_tokens'")
+    predictor["mask_token"] = _rows(predictor["mask_token"])
+    return encoder, predictor
+
+
+_VJEPA2_PARTS = {"meta": _vjepa2_of_meta, "transformers": _vjepa2_of_transformers}
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    """Return learned tokens `(n d)` of any number of axes, or `(d)` of a single one."""
+    return tokens.reshape(-1, tokens.shape[-1]).squeeze(0)
+
+
+def _renamed(weights: Weights, table: Table) -> Weights:
     renamed: Weights = {}
     for name, value in weights.items():
         for pattern, replacement in table:
@@ -235,29 +635,44 @@ def _renamed(weights: Weights, table: tuple[tuple[str, str], ...]) -> Weights:
     return renamed
 
 
-def _load_strictly(encoder: ViTEncoder, weights: Weights) -> None:
-    """Load weights that have our names and their shapes.
+def _fill(module: nn.Module, weights: Weights, eps: float) -> None:
+    """Load weights that have our names and their shapes, into layer norms of this eps.
 
     Raises:
         ValueError: naming the first weight that is unknown, missing, or of another shape.
     """
-    whole = dict(weights)
-    for name in [name for name in whole if name.endswith(".attention.q.weight")]:
-        for kind in ("weight", "bias"):
-            parts = [name.replace(".q.weight", f".{letter}.{kind}") for letter in "qkv"]
-            if all(part in whole for part in parts):
-                joined = torch.cat([whole.pop(part) for part in parts])
-                whole[name.replace(".q.weight", f".qkv.{kind}")] = joined
-    positions = whole.pop("positions").reshape(encoder.positions.shape).float()
-    whole["embed.weight"] = rearrange(whole["embed.weight"], "d c q r -> d (q r c)")
-    own = encoder.state_dict()
+    own = module.state_dict()
+    whole = _joined(list(own), weights)
+    if isinstance(module, ViTEncoder):
+        whole["embed.weight"] = _flat_patches(whole["embed.weight"])
     for name in sorted(own.keys() ^ whole.keys()):
         raise ValueError(f"the weights {'lack' if name in own else 'hold unknown'} {name!r}")
     for name, value in whole.items():
         if value.shape != own[name].shape:
             shapes = f"{tuple(value.shape)}, expected {tuple(own[name].shape)}"
             raise ValueError(f"the weights hold {name!r} of shape {shapes}")
-    encoder.load_state_dict(whole)
-    published = torch.allclose(positions, encoder.positions, atol=1e-4)
-    if not published:  # learned positions are saved with the encoder; ours are computed
-        encoder.register_buffer("positions", positions, persistent=True)
+    module.load_state_dict(whole)
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = eps
+
+
+def _joined(own: list[str], weights: Weights) -> Weights:
+    """Join queries, keys and values where the module has them in one."""
+    whole = dict(weights)
+    for name in own:
+        found = re.fullmatch(r"(.*\battention)\.(qkv|kv)\.(weight|bias)", name)
+        if found is None:
+            continue
+        before, letters, kind = found.groups()
+        parts = [f"{before}.{letter}.{kind}" for letter in letters]
+        if all(part in whole for part in parts):
+            whole[name] = torch.cat([whole.pop(part) for part in parts])
+    return whole
+
+
+def _flat_patches(kernel: Tensor) -> Tensor:
+    """Return the linear map of patches that a convolution with this kernel is."""
+    if kernel.ndim == 5:
+        return rearrange(kernel, "d c p q r -> d (p q r c)")
+    return rearrange(kernel, "d c q r -> d (q r c)")

@@ -5,6 +5,8 @@ outputs of its frame tokens are the next frame's. Rotary positions: time, row an
 token, time alone of the others. (https://arxiv.org/abs/2506.09985, section 3.)
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -80,12 +82,13 @@ class BlockCausalPredictor(nn.Module):
         Raises:
             ValueError: the tokens do not form rows, or a state is missing or not expected.
         """
+        _, steps, tokens, _ = z.shape
         conditions = self._conditions(action, state)
-        rotary = self._rotary(*z.shape[1:3], conditions)
-        x, mask = self._tokens(z, conditions), self._mask(*z.shape[1:3], conditions)
+        rotary = self._rotary(steps, tokens, conditions)
+        x, mask = self._tokens(z, conditions), self._mask(steps, tokens, conditions)
         for block in self.blocks:
             x = block(x, mask, rotary)
-        return self._latents(x, z.shape[1], z.shape[2])
+        return self._latents(x, steps, tokens)
 
     def rollout(
         self,
@@ -121,12 +124,13 @@ class BlockCausalPredictor(nn.Module):
         self, z: Tensor, conditions: Tensor, rotary: Tensor, past: list[Seen | None]
     ) -> tuple[Tensor, list[Seen | None]]:
         """Return the latent after the last of the steps `z`, which follow those of `past`."""
-        x, mask = self._tokens(z, conditions), self._mask(*z.shape[1:3], conditions)
+        _, steps, tokens, _ = z.shape
+        x, mask = self._tokens(z, conditions), self._mask(steps, tokens, conditions)
         seen: list[Seen | None] = []
         for block, before in zip(self.blocks, past, strict=True):
-            x, whole = block.extend(x, before, mask, rotary)
+            x, whole = cast(Block, block).extend(x, before, mask, rotary)
             seen.append(whole)
-        return self._latents(x, z.shape[1], z.shape[2])[:, -1:], seen
+        return self._latents(x, steps, tokens)[:, -1:], seen
 
     def _conditions(self, action: Tensor, state: Tensor | None) -> Float[Tensor, "b t c w"]:
         """Return the tokens of a step that are not of its frame."""
