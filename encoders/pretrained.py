@@ -334,8 +334,8 @@ def fold_pixel_statistics(
     pixels = embed.in_features // len(mean)
     means, stds = (repeat(torch.tensor(x), "c -> (pixels c)", pixels=pixels) for x in (mean, std))
     with torch.no_grad():
-        embed.weight /= stds.to(embed.weight)
-        embed.bias -= embed.weight @ means.to(embed.weight)
+        embed.weight.div_(stds.to(embed.weight))
+        embed.bias.sub_(embed.weight @ means.to(embed.weight))
 
 
 def to_transformers(encoder: ViTEncoder) -> tuple[Weights, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """V-JEPA 2-AC against an implementation that follows its description token by token."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,18 @@ ROWS, COLUMNS, STEPS = 2, 3, 4
 
 def make(**options):
     torch.manual_seed(0)
-    sizes = {"rows": ROWS, "width": 32, "depth": 2, "heads": 2}
+    sizes: dict[str, Any] = {"rows": ROWS, "width": 32, "depth": 2, "heads": 2}
     predictor = BlockCausalPredictor(8, 2, **sizes | options).eval()
     for parameter in predictor.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return predictor
 
 
-def inputs(state_dim=0, steps=STEPS, batch=2):
+def inputs(state_dim=0, batch=2) -> list[torch.Tensor]:
+    """Return latents, actions and, where there are any, states."""
     torch.manual_seed(1)
-    z, action = torch.randn(batch, steps, ROWS * COLUMNS, 8), torch.randn(batch, steps, 2)
-    return (z, action, torch.randn(batch, steps, state_dim)) if state_dim else (z, action)
+    z, action = torch.randn(batch, STEPS, ROWS * COLUMNS, 8), torch.randn(batch, STEPS, 2)
+    return [z, action, torch.randn(batch, STEPS, state_dim)] if state_dim else [z, action]
 
 
 def turned(vector, place):
@@ -115,7 +117,7 @@ def test_gradients_flow_through_a_rollout_to_the_first_action_and_state():
     z, *conditions = (x.requires_grad_() for x in inputs(3))
     predictor.rollout(z[:, :1], *conditions)[:, -1].square().sum().backward()
     for condition in conditions:
-        assert bool((condition.grad.abs().sum(-1) > 0).all())
+        assert condition.grad is not None and bool((condition.grad.abs().sum(-1) > 0).all())
     assert all(parameter.grad is not None for parameter in predictor.parameters())
 
 
