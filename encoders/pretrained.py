@@ -205,7 +205,9 @@ def load_vjepa2(
 
     What no weight tells is taken from the argument, else from `config.json`, else from what was
     published for this width. With rotary positions, weights serve any number of frames and any
-    image size. `transformers` asks with mask token 1: `predictor(..., mask_token=1)`.
+    image size; where that is not square, rows and columns are counted as they are, which Meta's and
+    `transformers`' predictors do not. `transformers` asks with mask token 1: `predictor(...,
+    mask_token=1)`.
 
     Args:
         weights: Meta: a `.pt` file or what it holds. `transformers`: a folder that
@@ -229,8 +231,9 @@ def load_vjepa2(
         image_size = image_size or (side, side)
         heads = heads or int(_told(config, "num_attention_heads"))
         predictor_heads = predictor_heads or int(_told(config, "pred_num_attention_heads"))
-        _check_depth(parts[0], int(_told(config, "num_hidden_layers")))
-        _check_depth(parts[1], int(_told(config, "pred_num_hidden_layers")))
+        _check_activation(config)
+        for part, name in zip(parts, ("num_hidden_layers", "pred_num_hidden_layers"), strict=True):
+            _check_depth(part, int(_told(config, name)))
     eps = float(config.get("layer_norm_eps", 1e-6))
     encoder = _rotary_encoder(parts[0], frames, image_size, heads)
     _fill(encoder, parts[0], eps)
@@ -251,7 +254,7 @@ def load_vjepa2_ac(
     Latents and predictions are layer-normed. The published world model shows its video encoder
     every frame twice; here the kernel of its patches is summed over the two, which is the same for
     half the pixels. `extrinsics_encoder`, which the published model holds and does not use, is left
-    out.
+    out. Where the image is not square, columns are counted as they are, not stretched to the rows.
 
     Args:
         weights: A `.pt` file of Meta's, or what it holds.
@@ -501,6 +504,12 @@ def _check_depth(weights: Weights, expected: int) -> None:
         raise ValueError(
             f"the weights hold {_depth(weights)} blocks where config.json says {expected}"
         )
+
+
+def _check_activation(config: dict[str, Any]) -> None:
+    """Refuse what no weight shows: blocks here have a GELU."""
+    if _told(config, "hidden_act") != "gelu":
+        raise ValueError(f"config.json says hidden_act {config['hidden_act']!r}, expected 'gelu'")
 
 
 def _told(config: dict[str, Any], name: str) -> Any:

@@ -322,6 +322,9 @@ def test_a_folder_of_transformers_that_does_not_fit_is_refused(tmp_path):
     described.write_text(told.replace("crop_size", "side"))
     with pytest.raises(ValueError, match=r"config\.json lacks 'crop_size'"):
         load_vjepa2(folder, source="transformers")
+    described.write_text(told.replace('"gelu"', '"silu"'))
+    with pytest.raises(ValueError, match="says hidden_act 'silu', expected 'gelu'"):
+        load_vjepa2(folder, source="transformers")
     described.write_text(told)
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
