@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -204,11 +204,15 @@ def _lengths(grid: Grid, context: float, target: float) -> tuple[int, int]:
 def _masks(
     grid: Grid, context: float, target: float, place: Int[Tensor, "b yx"], ties: Tensor
 ) -> Masks:
-    """Take targets in the order of `place`, equal places by chance, and context from the rest."""
+    """Take targets in the order of `place`, equal places by chance, and context from the rest.
+
+    A place is taken with all its time steps; of the last one, steps are taken by chance.
+    """
     k, m = _lengths(grid, context, target)
     among_targets, among_context = ties.chunk(2, 1)
-    order = repeat(place, "b yx -> b (t yx)", t=grid[0]) + among_targets
-    target_index = order.argsort(1)[:, :m]
+    among_steps = rearrange(among_targets, "b (t yx) -> b t yx", t=grid[0])
+    order = place.unsqueeze(1) + among_steps[:, :1] + (1e-9 * among_steps if grid[0] > 1 else 0)
+    target_index = rearrange(order, "b t yx -> b (t yx)").argsort(1)[:, :m]
     left = among_context.scatter(1, target_index, 2.0)
     context_index = left.argsort(1)[:, :k]
     return Masks(context_index.sort(1).values, target_index.sort(1).values)
