@@ -199,7 +199,7 @@ def attentive_probe(
     z: Float[Tensor, "m l d"],
     *,
     heads: int = 4,
-    epochs: int = 20,
+    epochs: int = 10,
     lr: float = 1e-3,
     batch_size: int = 64,
     seed: int = 0,

@@ -1,6 +1,6 @@
 """Train a video encoder by V-JEPA: hidden tubes are predicted, features are Gaussian."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,7 +190,22 @@ def load_parts(data: Path) -> tuple[Clips, Clips]:
         load_clips(listed if listed.is_file() else part)
         for part, listed in zip(parts, lists, strict=True)
     )
-    return training, test
+    return training, relabelled(test, training)
+
+
+def relabelled(clips: Clips, like: Clips) -> Clips:
+    """Return clips whose labels have the numbers that others give to the same words.
+
+    Raises:
+        UserError: a word that the others do not have.
+    """
+    classes = dict(clips.classes)
+    for factor, words in clips.class_names.items():
+        known = like.class_names.get(factor, ())
+        if unknown := set(words) - set(known):
+            raise UserError(f"{factor} {min(unknown)!r} is in the test part, not in the training part")
+        classes[factor] = np.array([known.index(word) for word in words])[classes[factor]]
+    return replace(clips, classes=classes, class_names=like.class_names)
 
 
 def describe(config: TrainVjepa, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -277,10 +292,10 @@ def quick_probe(
 def beside_a_random_encoder(
     encoders: dict[str, Encoder], training: Clips, test: Clips, flags: ClipFlags
 ) -> dict[str, dict[str, float]]:
-    """Print what attentive probes read of every label from each encoder, by up to 2000 videos."""
+    """Print what attentive probes read of every label from each encoder, by up to 1500 videos."""
     if not training.classes:
         return {}
-    training, test = some(training, 2000), some(test, 1000)
+    training, test = some(training, 1500), some(test, 1000)
     rows: dict[str, dict[str, float]] = {}
     for name, encoder in encoders.items():
         fit_z, z = (clip_tokens(encoder, middles(part, flags)) for part in (training, test))

@@ -114,7 +114,7 @@ def write_motion_clips(folder: Path, items: Images, *, seed: int, per_item: int 
     Returns:
         The list, which `load_clips` reads. It is written last: a folder that has it is whole.
     """
-    rows: list[tuple[str, str, int]] = []
+    rows: list[tuple[str, str, str]] = []
     total = len(items) * per_item
     motion = np.random.default_rng(seed).permutation(np.arange(total) % len(MOTIONS))
     for first in tqdm(range(0, total, 200), f"writing {folder.name}"):
@@ -124,8 +124,8 @@ def write_motion_clips(folder: Path, items: Images, *, seed: int, per_item: int 
         for number, item, clip in zip(chosen, which, clips, strict=True):
             name = f"{number:06d}.mp4"
             write_video(folder / name, np.repeat(clip, 3, -1), FPS)
-            label = int(items.classes["class"][item])
-            rows.append((name, MOTIONS[motion[number]], label))
+            content = f"item {items.classes['class'][item]}"
+            rows.append((name, MOTIONS[motion[number]], content))
     listed = folder / "clips.csv"
     partial = folder / "clips.csv.partial"
     with partial.open("w", newline="") as file:
