@@ -12,6 +12,7 @@ workers of a loader. Small sets are decoded once and kept in memory by `Clips.ca
 import csv
 import dataclasses
 import logging
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -385,14 +386,16 @@ def _from_list(data: Path, backend: str) -> Clips:
 
 
 def _path_and_label(line: str) -> tuple[str, str]:
-    """Split a line at its last tab, or at the last space behind the name of a video."""
-    if "\t" in line:
-        path, _, label = line.rpartition("\t")
-        return path.strip(), label.strip()
-    path, _, label = line.strip().rpartition(" ")
-    if Path(path.strip()).suffix.lower() in SUFFIXES:
-        return path.strip(), label
-    return line.strip(), ""
+    """Split a line behind the first word that ends as a video does, else at its last tab."""
+    if found := _NAME_AND_LABEL.fullmatch(line.strip()):
+        return found[1], found[2] or ""
+    path, _, label = line.strip().rpartition("\t")
+    return (path.strip(), label) if path else (label, "")
+
+
+_NAME_AND_LABEL = re.compile(
+    rf"(.+?(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}))(?:\s+(.+))?", re.IGNORECASE
+)
 
 
 def _from_csv(data: Path, backend: str) -> Clips:

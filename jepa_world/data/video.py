@@ -5,7 +5,7 @@ number: variable frame rates, edit lists and frames that a container hides chang
 times. `open_video` gives the same frames through three libraries:
 
     pyav        the default: any codec, sees damage, seeks to the key frame before the first time
-    decord      where it is installed and opens the file, PyAV elsewhere (no AV1, no edit lists)
+    decord      where it reads the file rightly, PyAV elsewhere (no AV1, HEVC, edit lists)
     torchcodec  where it is installed
 
 All decode on one thread: loaders run one process a core, and with several threads FFmpeg drops the
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
 from jaxtyping import Float, UInt8
 
@@ -159,17 +160,8 @@ def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
 
 class _PyAVVideo:
     def __init__(self, source: Source, name: str) -> None:
-        self._name = name
-        try:
-            file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-            self._container = av.open(file)
-        except (FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"video {name} cannot be read: {error}") from error
-        if not self._container.streams.video:
-            self._container.close()
-            raise UserError(f"video {name} cannot be read: it holds no pictures")
-        self._stream = self._container.streams.video[0]
-        self._stream.codec_context.thread_count = 1
+        self._source, self._name = source, name
+        self._open()
         self._tick = float(self._stream.time_base or 1)
         self._first = self._stream.start_time or 0
 
@@ -178,6 +170,28 @@ class _PyAVVideo:
 
     def __exit__(self, *_: object) -> None:
         self._container.close()
+
+    @property
+    def codec(self) -> str:
+        return self._stream.codec_context.name
+
+    @property
+    def container(self) -> str:
+        return self._container.format.name.partition(",")[0]
+
+    def _open(self) -> None:
+        source = self._source
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        try:
+            self._container = av.open(file, "r")
+        except (FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise UserError(f"video {self._name} cannot be read: it holds no pictures")
+        self._stream = self._container.streams.video[0]
+        self._stream.codec_context.thread_count = 1
+        self._moved = False
 
     @property
     def duration(self) -> float:
@@ -189,10 +203,10 @@ class _PyAVVideo:
 
     def times(self) -> Times:
         try:
-            packets = self._container.demux(self._stream)
+            packets = self._from_beginning().demux(self._stream)
             stamps = [p.pts for p in packets if p.pts is not None and not p.is_discard]
         except (FFmpegError, OSError) as error:
-            raise UserError(f"video {self._name} cannot be read: {error}") from error
+            raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
         if not stamps:
             raise UserError(f"video {self._name} has no frames")
         seconds = np.sort(np.array(stamps, np.float64)) * self._tick
@@ -204,7 +218,7 @@ class _PyAVVideo:
         try:
             shown = list(self._shown(latest))
         except (FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"video {self._name} cannot be read: {error}") from error
+            raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
         frames = np.empty((len(times), *shown[0].shape), np.uint8)
         for place, pixels in zip(order, shown, strict=True):
             frames[place] = pixels
@@ -212,10 +226,10 @@ class _PyAVVideo:
 
     def each_frame(self) -> Iterator[tuple[float, UInt8[np.ndarray, "hh ww c"]]]:
         try:
-            for frame in self._intact():
+            for frame in self._intact(self._from_beginning()):
                 yield self._begin(frame), upright(frame)
         except (FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"video {self._name} cannot be read: {error}") from error
+            raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
 
     def _shown(self, latest: list[float]) -> Iterator[UInt8[np.ndarray, "hh ww c"]]:
         """Yield, for every time in ascending order, the last frame that begins by then."""
@@ -246,20 +260,28 @@ class _PyAVVideo:
         while time - back > 0:
             target = self._first + math.floor((time - back) / self._tick)
             self._container.seek(target, stream=self._stream)
-            frames = self._intact()
+            self._moved = True
+            frames = self._intact(self._container)
             key = next((frame for frame in frames if frame.key_frame), None)
             if key is not None and self._begin(key) <= time:
                 yield key
                 yield from frames
                 return
             back = 2 * back + 1
-        self._container.seek(self._first, stream=self._stream)
-        yield from self._intact()
+        yield from self._intact(self._from_beginning())
 
-    def _intact(self) -> Iterator[av.VideoFrame]:
+    def _from_beginning(self) -> InputContainer:
+        """Return the container at its beginning, opened anew: some cannot be wound back."""
+        if self._moved:
+            self._container.close()
+            self._open()
+        self._moved = True
+        return self._container
+
+    def _intact(self, container: InputContainer) -> Iterator[av.VideoFrame]:
         """Yield frames; one that is damaged spoils those that follow."""
         begun = False
-        for frame in self._container.decode(self._stream):
+        for frame in container.decode(self._stream):
             begun = begun or bool(frame.key_frame)
             if begun and frame.is_corrupt:
                 where = f"{self._begin(frame):.2f} s from its beginning"
@@ -274,44 +296,52 @@ class _PyAVVideo:
 
 
 class _DecordVideo:
-    """A reader of decord; what it cannot open or decode is left to PyAV."""
+    """A reader of decord; files that it opens not, or numbers wrongly, are left to PyAV."""
 
     def __init__(self, source: Source, name: str) -> None:
-        decord = _installed("decord")
-        self._source, self._name = source, name
-        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        self._refusals = (decord.DECORDError, RuntimeError, IndexError)
-        self._reader: Any = None
-        try:
-            reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
-            self._starts = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
-            if self._starts[0] >= 0:  # frames before zero are hidden, and decord miscounts them
-                self._reader = reader
-        except self._refusals:
-            pass
+        self._decord: Any = _installed("decord")
+        self._source = source
+        self._pyav = _PyAVVideo(source, name)
+        self._refusals = (self._decord.DECORDError, RuntimeError, IndexError)
 
     def __enter__(self) -> "_DecordVideo":
-        if self._reader is None:
-            _PyAVVideo(self._source, self._name).__exit__()
+        self._reader, self._starts = None, np.zeros(0)
+        if self._pyav.codec in _DECORD_CODECS and self._pyav.container in _DECORD_CONTAINERS:
+            try:
+                self._open()
+            except self._refusals:
+                self._reader = None
         return self
 
     def __exit__(self, *_: object) -> None:
         self._reader = None
+        self._pyav.__exit__()
 
     @property
     def duration(self) -> float:
-        with _PyAVVideo(self._source, self._name) as video:
-            return video.duration
+        return self._pyav.duration
 
     def read(self, times: Times) -> Frames:
         if self._reader is not None:
-            shown = np.searchsorted(self._starts - self._starts[0], times + FORGIVEN, side="right")
+            shown = np.searchsorted(self._starts, np.asarray(times) + FORGIVEN, side="right") - 1
             try:
-                return self._reader.get_batch((shown - 1).clip(0).tolist()).asnumpy()
+                return self._reader.get_batch(shown.clip(0).tolist()).asnumpy()
             except self._refusals:
-                pass
-        with _PyAVVideo(self._source, self._name) as video:
-            return video.read(times)
+                self._reader = None
+        return self._pyav.read(times)
+
+    def _open(self) -> None:
+        source = self._source
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        reader = self._decord.VideoReader(file, ctx=self._decord.cpu(0), num_threads=1)
+        starts = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
+        self._starts = starts - starts[0]
+        if starts[0] >= 0:  # frames before zero are hidden, and decord counts them
+            self._reader = reader
+
+
+_DECORD_CODECS = {"h264", "mpeg4", "vp8", "vp9"}  # not hevc: wrong frames after a seek
+_DECORD_CONTAINERS = {"mov", "matroska", "avi"}  # not mpegts and flv: the same
 
 
 class _TorchcodecVideo:
@@ -326,7 +356,7 @@ class _TorchcodecVideo:
                 file, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="approximate"
             )
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"video {name} cannot be read: {error}") from error
+            raise UserError(f"video {name} cannot be read: {_reason(error)}") from error
 
     def __enter__(self) -> "_TorchcodecVideo":
         return self
@@ -345,11 +375,16 @@ class _TorchcodecVideo:
         try:
             return self._decoder.get_frames_played_at(seconds=seconds).data.numpy()
         except (RuntimeError, ValueError, IndexError) as error:
-            raise UserError(f"video {self._name} cannot be read: {error}") from error
+            raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
 
 
 FORGIVEN = 1e-3  # seconds that a time may lie before its frame: rounding of time stamps
 _BACKENDS = {"pyav": _PyAVVideo, "decord": _DecordVideo, "torchcodec": _TorchcodecVideo}
+
+
+def _reason(error: Exception) -> str:
+    """Return what FFmpeg or the system says, without number and file name."""
+    return (error.strerror if isinstance(error, FFmpegError | OSError) else "") or str(error)
 
 
 def _installed(module: str) -> ModuleType:
