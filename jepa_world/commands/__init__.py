@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "Plan",
     "evaluate": "Evaluate",
     "probe": "Probe",
+    "prepare_video": "PrepareVideo",
 }
 
 

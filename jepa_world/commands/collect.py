@@ -7,11 +7,7 @@ dataset does not depend on the number of processes, nor on an interruption.
 """
 
 import math
-import multiprocessing
-import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -29,6 +25,7 @@ from tqdm import tqdm
 import jepa_world
 from jepa_world import envs
 from jepa_world.data.trajectories import Trajectories, write_shard
+from jepa_world.processes import map_in_processes
 from jepa_world.registry import UserError
 
 STILL_STEPS = 5.0  # mean length of a still segment
@@ -236,28 +233,7 @@ def _write_shards(folder: Path, config: Collect) -> None:
 def _play_all(config: Collect, indices: list[int]) -> Iterator[dict[str, Any]]:
     """Play episodes in order, in this process or in spawned ones."""
     play_one = partial(_play_index, config)
-    workers = min(config.workers or os.cpu_count() or 1, len(indices))
-    if workers <= 1:
-        yield from map(play_one, indices)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
-    try:
-        yield from pool.map(play_one, indices)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that collects is killed, which the pool does not see to."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    yield from map_in_processes(play_one, indices, workers=config.workers)
 
 
 def _play_index(config: Collect, index: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch.nn.functional import interpolate
 
-from jepa_world.data.video import FORGIVEN, SUFFIXES, Source, Times, each_frame, open_video
+from jepa_world.data.video import FORGIVEN, SUFFIXES, Source, Times, each_frame, open_video, upright
 from jepa_world.registry import UserError, did_you_mean
 
 BAD_SHARE, BAD_COUNT = 0.1, 10  # files that may be unreadable: a share, and a number for small sets
@@ -234,7 +234,7 @@ class Clips:
         frames: list[UInt8[np.ndarray, "hh ww c"]] = []
         for start, frame in each_frame(self._source(sample), name=self._name(sample)):
             starts.append(start)
-            frames.append(square(frame[None], size)[0])
+            frames.append(square(upright(frame)[None], size)[0])
             if len(frames) * frames[0].nbytes > at_most:
                 break
         return Decoded(np.stack(frames), np.array(starts), duration)

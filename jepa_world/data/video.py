@@ -97,10 +97,8 @@ def video_times(source: Source) -> Times:
         return video.times()
 
 
-def each_frame(
-    source: Source, *, name: str = ""
-) -> Iterator[tuple[float, UInt8[np.ndarray, "hh ww c"]]]:
-    """Yield the time of every frame, in seconds from the first, and its RGB pixels.
+def each_frame(source: Source, *, name: str = "") -> Iterator[tuple[float, av.VideoFrame]]:
+    """Yield the time of every frame in seconds from the first, and the frame: `upright` is its RGB.
 
     Raises:
         UserError: the file is missing, is no video, or is damaged.
@@ -224,10 +222,10 @@ class _PyAVVideo:
             frames[place] = pixels
         return frames
 
-    def each_frame(self) -> Iterator[tuple[float, UInt8[np.ndarray, "hh ww c"]]]:
+    def each_frame(self) -> Iterator[tuple[float, av.VideoFrame]]:
         try:
             for frame in self._intact(self._from_beginning()):
-                yield self._begin(frame), upright(frame)
+                yield self._begin(frame), frame
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
 
@@ -291,7 +289,7 @@ class _PyAVVideo:
     def _begin(self, frame: av.VideoFrame) -> float:
         """Return when a frame begins, in seconds from the first."""
         if frame.pts is None:
-            raise UserError(f"video {self._name} has no time stamps: `jepa-world prepare-video`")
+            raise UserError(f"video {self._name} has frames without a time stamp: pack it anew")
         return (frame.pts - self._first) * self._tick
 
 
