@@ -17,10 +17,11 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import av
 import numpy as np
@@ -298,13 +299,14 @@ class _DecordVideo:
 
     def __init__(self, source: Source, name: str) -> None:
         self._decord: Any = _installed("decord")
-        self._source = source
-        self._pyav = _PyAVVideo(source, name)
+        self._source, self._name = source, name
         self._refusals = (self._decord.DECORDError, RuntimeError, IndexError)
+        self._header = _header(source, name)
 
     def __enter__(self) -> "_DecordVideo":
         self._reader, self._starts = None, np.zeros(0)
-        if self._pyav.codec in _DECORD_CODECS and self._pyav.container in _DECORD_CONTAINERS:
+        codec, container = self._header.codec, self._header.container
+        if codec in _DECORD_CODECS and container in _DECORD_CONTAINERS:
             try:
                 self._open()
             except self._refusals:
@@ -313,11 +315,10 @@ class _DecordVideo:
 
     def __exit__(self, *_: object) -> None:
         self._reader = None
-        self._pyav.__exit__()
 
     @property
     def duration(self) -> float:
-        return self._pyav.duration
+        return self._header.duration
 
     def read(self, times: Times) -> Frames:
         if self._reader is not None:
@@ -326,7 +327,8 @@ class _DecordVideo:
                 return self._reader.get_batch(shown.clip(0).tolist()).asnumpy()
             except self._refusals:
                 self._reader = None
-        return self._pyav.read(times)
+        with _PyAVVideo(self._source, self._name) as video:
+            return video.read(times)
 
     def _open(self) -> None:
         source = self._source
@@ -336,6 +338,28 @@ class _DecordVideo:
         self._starts = starts - starts[0]
         if starts[0] >= 0:  # frames before zero are hidden, and decord counts them
             self._reader = reader
+
+
+class _Header(NamedTuple):
+    codec: str
+    container: str
+    duration: float
+
+
+def _header(source: Source, name: str) -> _Header:
+    if isinstance(source, bytes):
+        return _read_header(source, name)
+    return _file_header(str(source), name, Path(source).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)  # opening a file twice for every clip would cost 3 %
+def _file_header(path: str, name: str, changed: int) -> _Header:
+    return _read_header(path, name)
+
+
+def _read_header(source: Source, name: str) -> _Header:
+    with _PyAVVideo(source, name) as video:
+        return _Header(video.codec, video.container, video.duration)
 
 
 _DECORD_CODECS = {"h264", "mpeg4", "vp8", "vp9"}  # not hevc: wrong frames after a seek
