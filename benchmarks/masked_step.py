@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,26 +27,31 @@ from jepa_world.encoders.vit import ViTEncoder
 from jepa_world.masking import Masks, MultiBlockMasks
 from jepa_world.methods.ijepa import (
     IJEPA,
+    DrawMasks,
     TeacherIJEPA,
     centre_positions,
     sigreg_of_tokens,
 )
-from jepa_world.predictors.masked import MaskedTransformer
+from jepa_world.methods.vjepa import MaskKind, tube_masks
+from jepa_world.predictors.masked import CrossMaskedTransformer, MaskedTransformer
 from jepa_world.sigreg import SIGReg
 
 PARTS = ("masks", "context", "target", "predictor", "SIGReg", "optimiser")
 
 
 class Recipe(NamedTuple):
-    """Sizes of a run."""
+    """Sizes of a run; for clips also the kind of mask, and the predictor beside SIGReg."""
 
     name: str
     image: int
     batch: int
-    encoder: dict[str, int]
+    encoder: dict[str, Any]
     predictor: dict[str, int]
     slices: int
     rounds: int
+    frames: int = 1
+    masks: MaskKind | None = None
+    ours: type[MaskedTransformer] | type[CrossMaskedTransformer] = MaskedTransformer
 
 
 RECIPES = (
@@ -98,7 +103,8 @@ def step_with_sigreg(
     cut = z.detach().requires_grad_()
     (method.predictor(cut, *masks) - targets).square().mean().backward()
     clock.mark("predictor")
-    tokens = centre_positions(cut, masks.context, method.encoder.num_tokens)
+    encoder: Any = method.encoder
+    tokens = centre_positions(cut, masks.context, math.prod(encoder.grid))
     weights = method.weights
     assert method.projector is not None
     q = method.projector(cut.mean(1))
@@ -139,16 +145,18 @@ def step_with_teacher(
 def make_steps(recipe: Recipe) -> dict[str, Callable[[int], dict[str, float]]]:
     """Return a step of each form, on networks of its own."""
     torch.manual_seed(0)
-    video = torch.rand(recipe.batch, 1, 3, recipe.image, recipe.image)
+    video = torch.rand(recipe.batch, recipe.frames, 3, recipe.image, recipe.image)
 
-    def parts() -> tuple[ViTEncoder, MaskedTransformer, MultiBlockMasks]:
-        encoder = ViTEncoder(tuple(video.shape[1:]), **recipe.encoder)  # type: ignore[arg-type]
-        predictor = MaskedTransformer(encoder.dim, encoder.grid, **recipe.predictor)
-        return encoder, predictor, MultiBlockMasks(encoder.grid)
+    def parts(predicts: type[nn.Module]) -> tuple[ViTEncoder, nn.Module, DrawMasks]:
+        shape = (recipe.frames, 3, recipe.image, recipe.image)
+        encoder = ViTEncoder(shape, **recipe.encoder)
+        masks = tube_masks((recipe.masks,), encoder.grid) if recipe.masks else None
+        predictor = predicts(encoder.dim, encoder.grid, **recipe.predictor)
+        return encoder, predictor, masks or MultiBlockMasks(encoder.grid)
 
-    encoder, predictor, masks = parts()
+    encoder, predictor, masks = parts(recipe.ours)
     ours = IJEPA(encoder, predictor, SIGReg(slices=recipe.slices), masks, weight=3.0)
-    teacher = TeacherIJEPA(*parts(), steps=1000)
+    teacher = TeacherIJEPA(*parts(MaskedTransformer), steps=1000)
     optimizers = [torch.optim.AdamW(_trained(method)) for method in (ours, teacher)]
     return {
         "SIGReg": lambda step: step_with_sigreg(ours, optimizers[0], video, step),
@@ -178,7 +186,8 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def compare(recipe: Recipe) -> None:
+def compare(recipe: Recipe) -> dict[str, float]:
+    """Print the parts of a step of each form, and return the seconds of the whole."""
     steps = make_steps(recipe)
     best = {name: dict.fromkeys(PARTS, math.inf) for name in steps}
     for number in range(recipe.rounds + 1):  # the first warms up
@@ -194,6 +203,7 @@ def compare(recipe: Recipe) -> None:
         size = peak_megabytes(lambda run=steps[name]: run(recipe.rounds + 1))
         print(f"{name:8}{cells}{totals[name] * 1e3:10.1f}{size:9.0f}", flush=True)
     print(f"a step with SIGReg takes {totals['SIGReg'] / totals['EMA']:.2f} times one with EMA")
+    return totals
 
 
 def main() -> None:

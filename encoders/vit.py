@@ -172,7 +172,7 @@ class ViTEncoder(nn.Module):
         return sincos_positions(self.dim, *(self.grid if self.grid[0] > 1 else self.grid[1:]))
 
     def _encode(self, patches: Tensor, positions: Tensor) -> Tensor:
-        x = self.embed(patches).to(positions.dtype)  # the sum of all blocks, whole under autocast
+        x = self.embed(patches).to(self.norm.weight.dtype)  # autocast halves maps, not their sum
         x, rotary = (x, positions) if self.rotates else (x + positions, None)
         for block in self.blocks:
             x = block(x, rotary=rotary)

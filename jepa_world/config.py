@@ -206,7 +206,7 @@ def _file_flags(file: Path) -> list[str]:
     try:
         return _flags(read_yaml(file), "--")
     except RecursionError:
-        raise UserError(f"{str(file)!r}: a mapping in it refers to itself") from None
+        raise UserError(f"{str(file)!r}: something in it refers to itself") from None
 
 
 def _split_equals(arguments: list[str]) -> list[str]:

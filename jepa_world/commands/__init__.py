@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "Plan",
     "evaluate": "Evaluate",
     "probe": "Probe",
+    "probe_video": "ProbeVideo",
     "prepare_video": "PrepareVideo",
 }
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,12 @@ from jepa_world.testing import check_encoder, check_masked_predictor
 from jepa_world.training import Training, begin, make_accelerator, train
 
 
+TINY = {
+    **{"dim": 96, "depth": 4, "heads": 3, "patch": 8, "tubelet": 2},
+    **{"positions": "rotary", "standardise": True},
+}  # options of the default encoder
+
+
 @dataclass(frozen=True)
 class ClipFlags:
     """What is cut from videos, and how it is read."""
@@ -46,6 +52,8 @@ class ClipFlags:
     """Decode all videos once and keep them in memory, for sets that fit."""
     workers: int = 0
     """Processes that read and decode ahead."""
+    images: Path | None = None
+    """Images for every fourth step, as train_ijepa takes them: joint training."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +68,9 @@ class TrainVjepa(Training):
     """`motion` (generated), a folder or tar of videos, a list of files, or a csv with labels."""
     clips: ClipFlags = ClipFlags()
     """What is cut from the videos."""
-    images: Path | None = None
-    """Images for every fourth step, as train_ijepa takes them: joint training."""
     start: Path | None = None
     """Run folder of an encoder of images or videos, whose weights are the first."""
-    encoder: Part = Part(
-        "vit",
-        {
-            **{"dim": 96, "depth": 4, "heads": 3, "patch": 8, "tubelet": 2},
-            **{"positions": "rotary", "standardise": True},
-        },
-    )
+    encoder: Part = Part("vit", dict(TINY))
     """Maps clips to tokens on a grid."""
     masked_predictor: Part = Part("cross", {"width": 64, "depth": 2, "heads": 2})
     """Maps visible tokens to hidden ones."""
@@ -101,10 +101,11 @@ def run(config: TrainVjepa) -> None:
         write_default(config.data)
     accelerator.wait_for_everyone()
     whole, test = load_parts(config.data)
-    if config.clips.cache or config.data == Path("motion"):
+    small = config.data == Path("motion") and not config.clips.stages
+    if config.clips.cache or small:
         whole, test = (part.cached(size=config.clips.size) for part in (whole, test))
     training, held_out = hold_out(whole)
-    images = None if config.images is None else load_images(config.images, size=config.clips.size)
+    images = config.clips.images and load_images(config.clips.images, size=config.clips.size)[0]
 
     shape = (config.clips.frames, 3, config.clips.size, config.clips.size)
     description = describe(config, shape)
@@ -120,7 +121,7 @@ def run(config: TrainVjepa) -> None:
     if whole.skipped:
         accelerator.print(f"{len(whole.skipped)} files skipped: {', '.join(whole.skipped[:5])}")
     last = train(
-        *(method, Reader(training, images and images[0], config), len(training), config),
+        *(method, Reader(training, images, config), len(training), config),
         accelerator=accelerator,
         run_dir=made.folder,
         evaluate=lambda: quick_probe(method.encoder, training, held_out, config.clips),
@@ -203,7 +204,9 @@ def relabelled(clips: Clips, like: Clips) -> Clips:
     for factor, words in clips.class_names.items():
         known = like.class_names.get(factor, ())
         if unknown := set(words) - set(known):
-            raise UserError(f"{factor} {min(unknown)!r} is in the test part, not in the training part")
+            raise UserError(
+                f"{factor} {min(unknown)!r} is in the test part, not in the training part"
+            )
         classes[factor] = np.array([known.index(word) for word in words])[classes[factor]]
     return replace(clips, classes=classes, class_names=like.class_names)
 
@@ -269,7 +272,26 @@ def load_inflated(encoder: nn.Module, weights: dict[str, Tensor], name: str) -> 
     load_state(encoder, weights, name)
 
 
-def middles(clips: Clips, flags: ClipFlags) -> UInt8[np.ndarray, "n t hh ww c"]:
+class Cut(Protocol):
+    """The flags that say what a clip is."""
+
+    @property
+    def frames(self) -> int:
+        """Return the number of frames."""
+        ...
+
+    @property
+    def fps(self) -> float:
+        """Return the frames a second."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Return the side in pixels."""
+        ...
+
+
+def middles(clips: Clips, flags: Cut) -> UInt8[np.ndarray, "n t hh ww c"]:
     """Return the clip in the middle of every video."""
     every = np.arange(len(clips))
     return clips.read_middle(every, frames=flags.frames, fps=flags.fps, size=flags.size)
@@ -353,6 +375,11 @@ def check(config: TrainVjepa) -> None:
     shares = [share for share, _, _ in flags.stages]
     if any(share <= 0 for share in shares) or sum(shares) > 1:
         raise UserError(f"--clips.stages have the shares {shares}: they add up to 1 at most")
+    other = [size for _, _, size in flags.stages if size != flags.size]
+    if flags.cache and other:
+        raise UserError(
+            f"--clips.cache keeps {flags.size} pixels, a stage asks for {other[0]}: drop one"
+        )
     if not (0 < config.views[0] <= 1 and config.views[1] >= 0):
         raise UserError(f"--views {config.views}: give a share in (0, 1] and a strength from 0 on")
     if min(config.weights) < 0:

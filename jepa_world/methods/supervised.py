@@ -4,12 +4,12 @@ loss = cross-entropy(linear(encode(crop)), label)
 """
 
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 
 from jepa_world.data.augmentation import Augmentation, random_numbers
 from jepa_world.interfaces import Encoder
-from jepa_world.methods.lejepa import images_from_bytes
+from jepa_world.methods.ijepa import clips_from_bytes
 from jepa_world.methods.world_model import Output
 
 
@@ -17,7 +17,7 @@ class Supervised(nn.Module):
     """Encoder and linear classifier with their common loss.
 
     Args:
-        encoder: Part built for single images; its tokens are averaged.
+        encoder: Part built for images or clips; its tokens are averaged.
         classes: Number of labels.
         augmentation: Makes the one view of an image that is seen.
         seed: Of the views.
@@ -41,11 +41,10 @@ class Supervised(nn.Module):
         self.augmentation, self.seed = augmentation, seed
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
-        """Return the loss of images: `pixels (b hh ww c)` bytes, `index (b)`, `class (b)`."""
+        """Return the loss of a batch: `pixels` as `IJEPA` has them, `index (b)`, `class (b)`."""
         (numbers,) = random_numbers(batch["index"], views=1, seed=self.seed, step=step)
-        images = self.augmentation(images_from_bytes(batch["pixels"]), numbers)
-        tokens = self.encoder(rearrange(images, "b c hh ww -> b 1 c hh ww"))
-        z = reduce(tokens, "b t n d -> b d", "mean")
+        clips = self.augmentation(clips_from_bytes(batch["pixels"]), numbers)
+        z = reduce(self.encoder(clips), "b t n d -> b d", "mean")
         scores = self.classifier(z).float()
         right = (scores.argmax(1) == batch["class"]).float().mean()
         loss = F.cross_entropy(scores, batch["class"])

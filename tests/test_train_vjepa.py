@@ -1,0 +1,169 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepa_world.checkpoint import load_tensors
+from jepa_world.config import read_yaml
+from jepa_world.data.motion import letters, write_motion_clips
+
+SMALL = (
+    *("--steps", 4, "--batch-size", 8, "--log-every", 1, "--checkpoint-every", 2),
+    *("--precision", "no", "--clips.size", 16, "--clips.frames", 4, "--clips.fps", 4),
+    *("--encoder.dim", 32, "--encoder.depth", 1, "--encoder.heads", 2, "--encoder.patch", 4),
+    *("--masked-predictor.width", 16, "--masked-predictor.depth", 1),
+)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for part, count, seed in (("train", 60, 0), ("test", 20, 1)):
+        write_motion_clips(folder / part, letters(count, seed=seed), seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(videos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    from jepa_world.commands import train_vjepa
+    from jepa_world.config import parse
+
+    words = [str(word) for word in (*SMALL, "--data", videos, "--run-dir", folder)]
+    train_vjepa.run(parse(train_vjepa.TrainVjepa, words, program="train_vjepa"))
+    return folder
+
+
+def losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_a_run_leaves_its_numbers_pictures_and_checkpoint(run):
+    results = json.loads((run / "results.json").read_text())
+    assert results["probe"].keys() == {"trained", "random"}
+    assert results["probe"]["trained"].keys() == {"motion", "content"}
+    for name in ("masks0.png", "masks1.png", "tokens.png"):
+        with Image.open(run / name) as picture:
+            assert picture.size[0] > 100, name
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"knn_motion", "knn_content", "sigreg", "whole", "effective_rank"} <= last.keys()
+
+
+def test_workers_read_what_the_process_itself_would(call, run, videos, tmp_path):
+    words = (*SMALL, "--data", videos, "--run-dir", tmp_path / "run")
+    assert call("train_vjepa", *words, "--clips.workers", 1).code == 0
+    assert losses(tmp_path / "run") == losses(run)
+
+
+def test_videos_in_memory_give_the_same_run(call, run, videos, tmp_path):
+    words = (*SMALL, "--data", videos, "--run-dir", tmp_path / "run", "--clips.cache")
+    assert call("train_vjepa", *words).code == 0
+    assert losses(tmp_path / "run") == losses(run)
+
+
+def test_its_config_repeats_a_run(call, run, tmp_path):
+    words = ("--config", run / "config.yaml", "--run-dir", tmp_path / "run")
+    assert call("train_vjepa", *words).code == 0
+    assert losses(tmp_path / "run") == losses(run)
+
+
+def test_a_stopped_run_goes_on_exactly(call, videos, run, tmp_path):
+    words = (*SMALL, "--data", videos, "--run-dir", tmp_path / "run")
+    assert call("train_vjepa", *words).code == 0
+    (tmp_path / "run" / "results.json").unlink()
+    done = call("train_vjepa", *words, "--resume")
+    assert done.code == 0 and losses(tmp_path / "run") == losses(run)
+
+
+@pytest.mark.parametrize("teacher", ["none", "ema"])
+def test_stages_and_images_share_the_weights(call, videos, pictures, tmp_path, teacher):
+    words = (*SMALL, "--data", videos, "--run-dir", tmp_path / "run", "--teacher", teacher)
+    stages = ("--clips.stages", 0.25, 2, 12, 0.25, 4, 12, "--clips.images", pictures)
+    done = call("train_vjepa", *words, *stages)
+    assert done.code == 0, done.stderr
+    assert np.isfinite(losses(tmp_path / "run")).all()
+    saved = read_yaml(tmp_path / "run" / "config.yaml")
+    assert saved["clips"]["stages"] == [[0.25, 2, 12], [0.25, 4, 12]]
+    again = ("--config", tmp_path / "run" / "config.yaml", "--run-dir", tmp_path / "again")
+    assert call("train_vjepa", *again).code == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+
+
+def test_an_encoder_of_images_starts_one_of_videos(call, videos, pictures, tmp_path):
+    encoder = SMALL[SMALL.index("--encoder.dim") :][:8]
+    images = (
+        *("--steps", 1, "--batch-size", 8, "--precision", "no", "--run-dir", tmp_path / "images"),
+        *("--encoder.positions", "rotary", "--data", pictures, "--image-size", 16),
+    )
+    assert call("train_ijepa", *images, *encoder).code == 0
+    words = (*SMALL, "--data", videos, "--run-dir", tmp_path / "run", "--lr", 0)
+    assert call("train_vjepa", *words, "--start", tmp_path / "images").code == 0
+    of_images, of_videos = (
+        load_tensors(tmp_path / name / "checkpoint" / "model.safetensors")[0]
+        for name in ("images", "run")
+    )
+    whole = of_images["encoder.embed.weight"]
+    assert np.allclose(of_videos["encoder.embed.weight"].numpy(), np.tile(whole / 2, (1, 2)))
+    words = (*SMALL, "--data", videos, "--run-dir", tmp_path / "other", "--encoder.depth", 2)
+    done = call("train_vjepa", *words, "--start", tmp_path / "images")
+    assert "blocks.1" in done.complaint()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--clips.frames", 0), "--clips of 0 frames"),
+        (("--clips.frames", 5), "does not divide into patches"),
+        (("--clips.stages", 0.9, 2, 16, 0.9, 4, 16), "add up to 1 at most"),
+        (("--views", 0, 0), "--views"),
+        (("--masks", "tall"), "tall"),
+        (("--data", "nowhere"), "no videos at 'nowhere'"),
+        (("--start", "nowhere"), "nowhere"),
+        (("--clips.cache", "--clips.stages", 0.5, 4, 8), "keeps 16 pixels"),
+    ],
+)
+def test_bad_input_is_one_line(call, videos, tmp_path, words, expected):
+    done = call("train_vjepa", *SMALL, "--data", videos, "--run-dir", tmp_path / "run", *words)
+    assert expected in done.complaint()
+
+
+def test_damaged_videos_are_replaced_and_named(call, tmp_path, caplog):
+    listed = write_motion_clips(tmp_path / "videos", letters(40, seed=0), seed=0)
+    for number in (3, 4):
+        broken = listed.parent / f"{number:06d}.mp4"
+        broken.write_bytes(broken.read_bytes()[:200])
+    done = call("train_vjepa", *SMALL, "--data", listed, "--run-dir", tmp_path / "run")
+    assert done.code == 0, done.stderr
+    assert {"000003.mp4", "000004.mp4"} & {w for r in caplog.records for w in r.message.split("'")}
+
+
+def test_probes_of_videos_are_printed_beside_what_costs_nothing(call, run, videos, tmp_path):
+    words = ("--data", videos, "--checkpoint", run, "--frames", 4, "--fps", 4, "--size", 16)
+    done = call(
+        "probe_video",
+        *words,
+        "--run-dir",
+        tmp_path / "probe",
+        "--supervised-steps",
+        2,
+        "--precision",
+        "no",
+    )
+    assert done.code == 0, done.stderr
+    results = json.loads((tmp_path / "probe" / "results.json").read_text())
+    rows = results["features"]["motion"]
+    assert {"raw pixels", "mean frame", "random encoder", str(run)} <= rows.keys()
+    assert {"supervised, in order", "supervised, shuffled"} <= rows.keys()
+    assert rows[str(run)].keys() == {"attentive", "shuffled", "linear", "knn"}
+    assert "motion" in done.stdout and "content" in done.stdout
