@@ -57,6 +57,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) 
     write_atomically(path, lambda part: save_file(whole, part, metadata))
 
 
+def encoder_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the weights of the encoder in the checkpoint of any method, and the file's name.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file = folder / "model.safetensors"
+    tensors, _ = load_tensors(file)
+    prefix = "encoder."
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return own, str(file)
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 

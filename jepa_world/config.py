@@ -3,7 +3,8 @@
 `--config f.yaml` expands into the flags it holds, ahead of the user's own, so one validator checks
 both. A field of type `Part` is a swappable component: `--predictor my_pkg.my_module:MyPredictor`
 chooses the class, and every keyword-only argument of its constructor becomes a flag
-(`--predictor.width 512`).
+(`--predictor.width 512`). `--encoder runs/x` is the trained encoder of a run: its class and its
+options, and `--frozen runs/x`.
 """
 
 import dataclasses
@@ -259,13 +260,38 @@ def _join(layers: list[list[str]], parts: dict[str, Part]) -> list[str]:
     joined: list[str] = []
     for layer in layers:
         flags = [_part_flag(kind) for kind in parts]
-        words = [f"{word}.name" if word in flags else word for word in layer]
+        words = [f"{word}.name" if word in flags else word for word in _saved_parts(layer, parts)]
         for kind, default in parts.items():
             before = _chosen(joined, kind, default.name)
             if _chosen(words, kind, before) != before:
                 joined = _drop_options(joined, f"{_part_flag(kind)}.")
         joined += words
     return joined
+
+
+def _saved_parts(words: list[str], parts: dict[str, Part]) -> list[str]:
+    """Write the folder of a run in the place of a part as the part it trained, and `--frozen`."""
+    written: list[str] = []
+    for word in words:
+        kind = written[-1].lstrip("-").replace("-", "_") if written else ""
+        if kind in parts and Path(word).is_dir():
+            flag = written.pop()
+            written += [*_flags(_saved_part(Path(word), kind), f"{flag}."), "--frozen", word]
+        else:
+            written.append(word)
+    return written
+
+
+def _saved_part(run: Path, kind: str) -> dict[str, Any]:
+    """Return the name and the options of a part in the checkpoint of a run.
+
+    Raises:
+        UserError: there is no checkpoint, or it has no such part.
+    """
+    description = read_yaml(run / "checkpoint" / "config.yaml")
+    if not isinstance(description.get(kind), dict):
+        raise UserError(f"the checkpoint in {str(run)!r} describes no {kind}")
+    return description[kind]
 
 
 def _part_flag(kind: str) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jepa_world.checkpoint import find_checkpoint, load_state, load_tensors, require_trust
+from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state, require_trust
 from jepa_world.commands import use_one_thread
 from jepa_world.config import Part, part_from_dict, read_yaml, require_at_least
 from jepa_world.data.augmentation import Augmentation, random_numbers
@@ -86,7 +86,9 @@ def run(config: Probe) -> None:
         training, test = hold_out(training)
     if not training.classes:
         raise UserError(f"{str(config.data)!r} has no labels: give class folders or idx labels")
-    encoders = {str(path): load_encoder(path, training, config.trust) for path in config.checkpoint}
+    rows, columns, channels = training.pixels.shape[1:]
+    shape = (1, channels, rows, columns)
+    encoders = {str(path): load_encoder(path, shape, config.trust) for path in config.checkpoint}
     part = next((part for _, part in encoders.values()), config.encoder)
     made.open(config)
 
@@ -107,30 +109,28 @@ def run(config: Probe) -> None:
     made.finish({"judged_on": len(test), "fitted_on": len(training), "features": results})
 
 
-def load_encoder(path: Path, images: Images, trusted: tuple[str, ...]) -> tuple[Encoder, Part]:
+def load_encoder(
+    path: Path, shape: tuple[int, ...], trusted: tuple[str, ...]
+) -> tuple[Encoder, Part]:
     """Load the encoder of a trained method, in evaluation mode.
 
     Raises:
-        UserError: no checkpoint, a part that is not trusted, or one built for other images.
+        UserError: no checkpoint, a part that is not trusted, or one built for other clips.
     """
     folder = find_checkpoint(path)
     description = read_yaml(folder / "config.yaml")
     if "encoder" not in description or "observation_shape" not in description:
         raise UserError(f"{str(folder)!r} describes no encoder and the images it is for")
-    rows, columns, channels = images.pixels.shape[1:]
-    shape = tuple(description["observation_shape"])
-    if shape[1:] != (channels, rows, columns):
+    own = tuple(description["observation_shape"])
+    if own != shape:
         raise UserError(
-            f"{str(folder)!r} takes images of {shape[1:]} (channels, rows, columns), the data has "
-            f"{(channels, rows, columns)}: give its --data, or another --image-size"
+            f"{str(folder)!r} takes {own} (frames, channels, rows, columns), the data has {shape}: "
+            "give its --data, or another size"
         )
     part = part_from_dict(description["encoder"])
     require_trust(class_path("encoder", part.name), trusted)
     encoder = part.build("encoder", shape)
-    file = folder / "model.safetensors"
-    tensors, _ = load_tensors(file)
-    own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
-    load_state(encoder, own, str(file))
+    load_state(encoder, *encoder_weights(folder))
     return encoder.eval(), part
 
 

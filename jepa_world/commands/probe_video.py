@@ -11,16 +11,16 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_world.checkpoint import find_checkpoint, load_state, load_tensors, require_trust
 from jepa_world.commands import use_one_thread
+from jepa_world.commands.probe import load_encoder
 from jepa_world.commands.train_vjepa import load_parts, middles, some, write_default
-from jepa_world.config import Part, part_from_dict, read_yaml, require_at_least
+from jepa_world.config import Part, require_at_least
 from jepa_world.data.augmentation import Augmentation
 from jepa_world.data.clips import Clips
 from jepa_world.evaluation import Rate
 from jepa_world.methods.supervised import Supervised
 from jepa_world.probes import attentive_probe, clip_tokens, knn_probe, linear_probe
-from jepa_world.registry import UserError, class_path
+from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.training import Training, make_accelerator, train
 
@@ -71,14 +71,16 @@ def run(config: ProbeVideo) -> None:
     if not training.classes:
         raise UserError(f"{str(config.data)!r} has no labels: give class folders or a csv")
     training, test = some(training, config.at_most), some(test, config.at_most // 2)
-    encoders = {str(path): load_video_encoder(path, config) for path in config.checkpoint}
+    shape = (config.frames, 3, config.size, config.size)
+    encoders = {str(path): load_encoder(path, shape, config.trust) for path in config.checkpoint}
     part = next((part for _, part in encoders.values()), config.encoder)
     made.open(config)
 
     fit, pixels = (middles(clips, config) for clips in (training, test))
     torch.manual_seed(config.seed)
-    random = part.build("encoder", (config.frames, 3, config.size, config.size)).eval()
-    known = {"random encoder": random} | {name: encoder for name, (encoder, _) in encoders.items()}
+    random = part.build("encoder", shape).eval()
+    known: dict[str, Any] = {"random encoder": random}
+    known |= {name: encoder for name, (encoder, _) in encoders.items()}
     results = {
         factor: plain_rows(factor, fit, training, pixels, test) for factor in training.classes
     }
@@ -93,26 +95,6 @@ def run(config: ProbeVideo) -> None:
     for factor, rows in results.items():
         print_rows(factor, rows)
     made.finish({"judged_on": len(test), "fitted_on": len(training), "features": results})
-
-
-def load_video_encoder(path: Path, config: ProbeVideo) -> tuple[Any, Part]:
-    """Load the encoder of a trained method, in evaluation mode, for the clips to be judged.
-
-    Raises:
-        UserError: no checkpoint, a part that is not trusted, or one that is for other clips only.
-    """
-    folder = find_checkpoint(path)
-    description = read_yaml(folder / "config.yaml")
-    if "encoder" not in description:
-        raise UserError(f"{str(folder)!r} describes no encoder")
-    part = part_from_dict(description["encoder"])
-    require_trust(class_path("encoder", part.name), config.trust)
-    encoder = part.build("encoder", (config.frames, 3, config.size, config.size))
-    file = folder / "model.safetensors"
-    tensors, _ = load_tensors(file)
-    own = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
-    load_state(encoder, own, str(file))
-    return encoder.eval(), part
 
 
 def judge(

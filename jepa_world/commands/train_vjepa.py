@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
 import jepa_world
-from jepa_world.checkpoint import find_checkpoint, load_state, load_tensors
+from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.train_ijepa import MOMENTUM
 from jepa_world.config import Part, require_at_least, to_dict
@@ -27,7 +27,6 @@ from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.testing import check_encoder, check_masked_predictor
 from jepa_world.training import Training, begin, make_accelerator, train
-
 
 TINY = {
     **{"dim": 96, "depth": 4, "heads": 3, "patch": 8, "tubelet": 2},
@@ -251,14 +250,10 @@ def start_from(method: IJEPA | TeacherIJEPA, run: Path) -> None:
     Raises:
         UserError: no checkpoint, or another encoder.
     """
-    file = find_checkpoint(run) / "model.safetensors"
-    tensors, _ = load_tensors(file)
-    weights = {
-        k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")
-    }
+    weights, file = encoder_weights(find_checkpoint(run))
     for name in ("encoder", "student"):
         if name in dict(method.named_children()):
-            load_inflated(method.get_submodule(name), weights, str(file))
+            load_inflated(method.get_submodule(name), weights, file)
 
 
 def load_inflated(encoder: nn.Module, weights: dict[str, Tensor], name: str) -> None:

@@ -9,10 +9,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 import jepa_world
+from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Trajectories
+from jepa_world.methods.vjepa2_ac import VJEPA2AC
 from jepa_world.methods.world_model import WorldModel, build_parts
 from jepa_world.probes import linear_probe_r2
 from jepa_world.runs import Run
@@ -34,6 +36,9 @@ class TrainWorldModel(Training):
     """Maps frames to latents."""
     predictor: Part = Part("mlp")
     """Maps latents and actions to the next latents."""
+    frozen: Path | None = None
+    """Run folder whose encoder is used as it is: only a predictor is trained, by the loss of
+    V-JEPA 2-AC. `--encoder FOLDER` is short for it and the encoder's options."""
     frames: int = 4
     """Frames of a training window; the first is encoded, the others are predicted open loop."""
     sigreg_weight: float = 0.1
@@ -72,7 +77,7 @@ def run(config: TrainWorldModel) -> None:
     }
     encoder, predictor = build_parts(description)
     check_encoder(encoder, tuple(description["observation_shape"]))
-    method = WorldModel(
+    model = WorldModel(
         encoder,
         predictor,
         SIGReg(slices=config.slices, seed=config.seed),
@@ -80,8 +85,12 @@ def run(config: TrainWorldModel) -> None:
         final_weight=config.final_sigreg_weight,
         steps=config.steps,
     )
-    dim, tokens = method.encoder.dim, method.encoder.num_tokens
+    dim, tokens = model.encoder.dim, model.encoder.num_tokens
     check_predictor(predictor, dim, training.action_dim, num_tokens=tokens)
+    method = model
+    if config.frozen is not None:
+        load_state(encoder, *encoder_weights(find_checkpoint(config.frozen)))
+        method = VJEPA2AC(encoder, predictor, rollout=min(2, config.frames - 1))
     windows = training.windows(config.frames)
     begin(made, config, description, len(windows), accelerator)
     accelerator.print(
@@ -100,7 +109,7 @@ def run(config: TrainWorldModel) -> None:
         config,
         accelerator=accelerator,
         run_dir=made.folder,
-        evaluate=lambda: latent_health(method, training, held_out),
+        evaluate=lambda: latent_health(model, training, held_out),
     )
     if accelerator.is_main_process:
         made.finish({**last, "seed": config.seed})
