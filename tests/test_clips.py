@@ -164,6 +164,14 @@ def test_empty_files_are_skipped_and_named(mixed):
     assert clips.skipped == ("01.mp4 (it is empty)", "03.mp4 (it is empty)")
 
 
+def test_links_that_lead_nowhere_are_skipped_and_folders_are_no_videos(mixed):
+    folder = mixed(None)
+    (folder / "gone.mp4").symlink_to(folder / "nothing")
+    (folder / "folder.mp4").mkdir()
+    clips = load_clips(folder)
+    assert clips.names == ("00.mp4",) and clips.skipped == ("gone.mp4 (it does not exist)",)
+
+
 def test_what_holds_no_video_is_refused(mixed, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no videos in .*empty': looked for .*mp4"):

@@ -279,6 +279,29 @@ def test_sound_alone_is_refused(tmp_path):
         read_video(path)
 
 
+def test_sound_that_is_longer_does_not_lengthen_the_pictures(tmp_path):
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=10)
+        sound = container.add_stream("aac", rate=16000)
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        for picture in frames(64, 64):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 32000), np.float32), "fltp", "mono")
+        silence.sample_rate = 16000
+        container.mux([*stream.encode(), *sound.encode(silence), *sound.encode()])
+    for backend in BACKENDS:
+        with open_video(tmp_path / "sound.mkv", backend=backend) as video:
+            assert video.duration == pytest.approx(0.5, abs=0.11)
+
+
+def test_pictures_that_change_their_size_are_refused(tmp_path):
+    small = encode(tmp_path / "a.ts", range(0, 1000, 100)).read_bytes()
+    large = encode(tmp_path / "b.ts", range(1000, 2000, 100), size=(96, 96)).read_bytes()
+    with pytest.raises(UserError, match="changes the size of its pictures"):
+        read_video(small + large)
+
+
 def test_an_unknown_backend_and_one_not_installed_are_named(path):
     with pytest.raises(UserError, match="unknown backend 'decrod'; nearest: decord"):
         open_video(path, backend="decrod")

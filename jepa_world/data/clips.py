@@ -336,8 +336,14 @@ Entry = tuple[str, Path | Member, int]
 
 
 def _folder_entries(folder: Path) -> list[Entry]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    return [(file.relative_to(folder).as_posix(), file, file.stat().st_size) for file in files]
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in found if not file.is_dir())
+    return [(file.relative_to(folder).as_posix(), file, _size(file)) for file in files]
+
+
+def _size(file: Path) -> int:
+    """Return the bytes of a file, -1 where a name or a link leads nowhere."""
+    return file.stat().st_size if file.is_file() else -1
 
 
 def _tars_below(folder: Path) -> Iterator[Entry]:
@@ -448,10 +454,7 @@ def _text(path: Path) -> str:
 
 def _listed(data: Path, paths: list[str]) -> list[Entry]:
     files = [data.parent / path for path in paths]
-    return [
-        (path, file, file.stat().st_size if file.is_file() else -1)
-        for path, file in zip(paths, files, strict=True)
-    ]
+    return [(path, file, _size(file)) for path, file in zip(paths, files, strict=True)]
 
 
 def _usable(data: Path, entries: list[Entry], labels: Clips) -> Clips:

@@ -15,6 +15,7 @@ process or a thread crashes in any of the three. Rotation noted in a file is app
 
 import io
 import math
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -182,7 +183,7 @@ class _PyAVVideo:
         source = self._source
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
         try:
-            self._container = av.open(file, "r")
+            self._container = av.open(file, "r", metadata_errors="ignore")
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
         if not self._container.streams.video:
@@ -196,6 +197,9 @@ class _PyAVVideo:
     def duration(self) -> float:
         if self._stream.duration:
             return self._stream.duration * self._tick
+        if clock := _CLOCK.fullmatch(self._stream.metadata.get("DURATION", "")):  # Matroska
+            hours, minutes, seconds = map(float, clock.groups())
+            return 3600 * hours + 60 * minutes + seconds - max(0, self._first) * self._tick
         if self._container.duration:
             return self._container.duration / av.time_base - max(0, self._first) * self._tick
         return float(self.times()[-1])
@@ -218,6 +222,8 @@ class _PyAVVideo:
             shown = list(self._shown(latest))
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
+        if len({pixels.shape for pixels in shown}) > 1:
+            raise UserError(f"video {self._name} changes the size of its pictures")
         frames = np.empty((len(times), *shown[0].shape), np.uint8)
         for place, pixels in zip(order, shown, strict=True):
             frames[place] = pixels
@@ -258,8 +264,11 @@ class _PyAVVideo:
         back = 0.0
         while time - back > 0:
             target = self._first + math.floor((time - back) / self._tick)
-            self._container.seek(target, stream=self._stream)
             self._moved = True
+            try:
+                self._container.seek(target, stream=self._stream)
+            except FFmpegError:  # some files cannot be sought in
+                break
             frames = self._intact(self._container)
             key = next((frame for frame in frames if frame.key_frame), None)
             if key is not None and self._begin(key) <= time:
@@ -401,6 +410,7 @@ class _TorchcodecVideo:
 
 
 FORGIVEN = 1e-3  # seconds that a time may lie before its frame: rounding of time stamps
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _BACKENDS = {"pyav": _PyAVVideo, "decord": _DecordVideo, "torchcodec": _TorchcodecVideo}
 
 
