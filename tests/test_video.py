@@ -279,6 +279,13 @@ def test_sound_alone_is_refused(tmp_path):
         read_video(path)
 
 
+def test_an_unknown_codec_is_refused(path):
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"what"))
+    for backend in BACKENDS:
+        with pytest.raises(UserError, match="cannot be read: its codec is unknown"):
+            read_video(path, np.array([0.0]), backend=backend)
+
+
 def test_sound_that_is_longer_does_not_lengthen_the_pictures(tmp_path):
     with av.open(str(tmp_path / "sound.mkv"), "w") as container:
         stream: Any = container.add_stream("libx264", rate=10)

@@ -186,10 +186,12 @@ class _PyAVVideo:
             self._container = av.open(file, "r", metadata_errors="ignore")
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
-        if not self._container.streams.video:
+        streams = self._container.streams.video
+        if not streams or not streams[0].codec_context:
             self._container.close()
-            raise UserError(f"video {self._name} cannot be read: it holds no pictures")
-        self._stream = self._container.streams.video[0]
+            lack = "its codec is unknown" if streams else "it holds no pictures"
+            raise UserError(f"video {self._name} cannot be read: {lack}")
+        self._stream = streams[0]
         self._stream.codec_context.thread_count = 1
         self._moved = False
 
