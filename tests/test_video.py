@@ -114,23 +114,30 @@ CODECS = [
 ]
 
 
-def encode(path, stamps, *, codec="libx264", size=(64, 64), pixels="yuv420p", turn=0, options=None):
-    """Write frames that begin at `stamps` (milliseconds); brightness 30 + 5 i tells frame i."""
+def counting(count, size=(64, 64)):
+    """Return frames of a brightness of 30 + 5 i, the top left black, so that a turn is seen."""
+    levels = 30 + 5 * np.arange(count)[:, None, None, None] % 220
+    made = np.broadcast_to(levels, (count, *size, 3)).astype(np.uint8)
+    made[:, : size[0] // 4, : size[1] // 4] = 0
+    return made
+
+
+def encode(path, stamps, pictures=None, *, codec="libx264", pixels="yuv420p", turn=0, options=None):
+    """Write frames that begin at `stamps` (milliseconds): `counting` ones, if none are given."""
+    pictures = counting(len(stamps)) if pictures is None else pictures
     try:
         Codec(codec, "w")
     except ValueError:
         pytest.skip(f"this PyAV has no encoder {codec}")
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=10, options=options or {})
-        stream.height, stream.width = size
+        stream.height, stream.width = pictures[0].shape[:2]
         stream.bit_rate = 4_000_000 if codec == "mpeg4" else 0
         stream.pix_fmt, stream.codec_context.gop_size = pixels, 12
         stream.codec_context.time_base = Fraction(1, 10 if codec == "mpeg4" else 1000)
         stream.set_display_rotation(turn)
-        for i, stamp in enumerate(stamps):
-            picture = np.full((*size, 3), 30 + 5 * i % 220, np.uint8)
-            picture[: size[0] // 4, : size[1] // 4] = 0  # the top left is black
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for stamp, picture in zip(stamps, pictures, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts, frame.time_base = int(stamp), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -156,6 +163,23 @@ def test_all_backends_give_the_frames_of_the_times(tmp_path, codec, suffix):
                 assert video.duration == pytest.approx(4.0, abs=0.11)
     one, two = (read_video(path, times, backend=backend) for backend in BACKENDS)
     assert np.abs(one.astype(int) - two).max() <= 2
+
+
+@pytest.mark.parametrize(("codec", "suffix"), CODECS)
+def test_frames_that_are_left_out_change_no_others(tmp_path, codec, suffix):
+    random = np.random.default_rng(0)
+    world = np.kron(random.integers(0, 255, (40, 40, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+    pictures = [world[i : i + 64, 2 * i : 2 * i + 64] for i in range(48)]
+    stamps = np.arange(48) * 100
+    if suffix in ("mp4", "mkv") and codec == "libx264":
+        stamps = np.cumsum(random.integers(20, 300, 48))
+    path = encode(tmp_path / f"a.{suffix}", stamps, pictures, codec=codec)
+    begins, frames = zip(*each_frame(path), strict=True)
+    whole = np.stack([upright(frame) for frame in frames])
+    for _ in range(20):
+        times = random.uniform(0, begins[-1] + 0.1, random.integers(1, 6))
+        shown = np.searchsorted(begins, times + 1e-3, side="right") - 1
+        np.testing.assert_array_equal(read_video(path, times), whole[shown])
 
 
 def test_frames_of_uneven_lengths_are_those_on_screen(tmp_path):
@@ -204,14 +228,16 @@ def test_grey_and_deep_pictures_are_rgb(tmp_path, pixels):
 
 
 def test_odd_sizes_are_read(tmp_path):
-    path = encode(tmp_path / "odd.webm", range(0, 500, 100), codec="libvpx-vp9", size=(49, 63))
+    path = encode(
+        tmp_path / "odd.webm", range(0, 500, 100), counting(5, (49, 63)), codec="libvpx-vp9"
+    )
     one, two = (read_video(path, backend=backend) for backend in BACKENDS)
     assert one.shape == (5, 49, 63, 3) and np.abs(one.astype(int) - two).max() <= 2
 
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
 def test_a_turn_noted_in_the_file_is_made(tmp_path, turn):
-    path = encode(tmp_path / "turned.mp4", range(0, 300, 100), size=(48, 64), turn=turn)
+    path = encode(tmp_path / "turned.mp4", range(0, 300, 100), counting(3, (48, 64)), turn=turn)
     one, two = (read_video(path, backend=backend) for backend in BACKENDS)
     assert one.shape == (3, *((48, 64) if turn == 180 else (64, 48)), 3)
     assert np.abs(one.astype(int) - two).max() <= 2
@@ -304,7 +330,7 @@ def test_sound_that_is_longer_does_not_lengthen_the_pictures(tmp_path):
 
 def test_pictures_that_change_their_size_are_refused(tmp_path):
     small = encode(tmp_path / "a.ts", range(0, 1000, 100)).read_bytes()
-    large = encode(tmp_path / "b.ts", range(1000, 2000, 100), size=(96, 96)).read_bytes()
+    large = encode(tmp_path / "b.ts", range(1000, 2000, 100), counting(10, (96, 96))).read_bytes()
     with pytest.raises(UserError, match="changes the size of its pictures"):
         read_video(small + large)
 

@@ -4,7 +4,8 @@ A frame is addressed by the time it is on screen, in seconds from the first one,
 number: variable frame rates, edit lists and frames that a container hides change numbers, not
 times. `open_video` gives the same frames through three libraries:
 
-    pyav        the default: any codec, sees damage, seeks to the key frame before the first time
+    pyav        the default: any codec, sees damage, decodes from the key frame before the first
+                time what is needed for the others
     decord      where it reads the file rightly, PyAV elsewhere (no AV1, HEVC, edit lists)
     torchcodec  where it is installed
 
@@ -16,7 +17,9 @@ process or a thread crashes in any of the three. Rotation noted in a file is app
 import io
 import math
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib import import_module
@@ -233,7 +236,7 @@ class _PyAVVideo:
 
     def each_frame(self) -> Iterator[tuple[float, av.VideoFrame]]:
         try:
-            for frame in self._intact(self._from_beginning()):
+            for frame in self._intact(self._from_beginning().decode(self._stream)):
                 yield self._begin(frame), frame
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
@@ -243,7 +246,7 @@ class _PyAVVideo:
         waiting = iter(latest)
         time = next(waiting)
         last = None
-        for frame in self._decode_from(time):
+        for frame in self._decode_from(latest):
             pixels = None
             while time is not None and self._begin(frame) > time:
                 pixels = upright(last or frame) if pixels is None else pixels
@@ -257,12 +260,13 @@ class _PyAVVideo:
         pixels = upright(last)
         yield from (pixels for _ in (time, *waiting))
 
-    def _decode_from(self, time: float) -> Iterator[av.VideoFrame]:
-        """Yield frames in order from a key frame that begins by `time`, or from the first.
+    def _decode_from(self, latest: list[float]) -> Iterator[av.VideoFrame]:
+        """Yield frames in order from a key frame that begins by the first time, or from the first.
 
         Containers seek by the time of decoding: the key frame found may come later on screen. Then
         the search goes back further, and at last to the beginning.
         """
+        time = latest[0]
         back = 0.0
         while time - back > 0:
             target = self._first + math.floor((time - back) / self._tick)
@@ -271,14 +275,14 @@ class _PyAVVideo:
                 self._container.seek(target, stream=self._stream)
             except FFmpegError:  # some files cannot be sought in
                 break
-            frames = self._intact(self._container)
+            frames = self._intact(self._needed(self._container, latest))
             key = next((frame for frame in frames if frame.key_frame), None)
             if key is not None and self._begin(key) <= time:
                 yield key
                 yield from frames
                 return
             back = 2 * back + 1
-        yield from self._intact(self._from_beginning())
+        yield from self._intact(self._needed(self._from_beginning(), latest))
 
     def _from_beginning(self) -> InputContainer:
         """Return the container at its beginning, opened anew: some cannot be wound back."""
@@ -288,10 +292,23 @@ class _PyAVVideo:
         self._moved = True
         return self._container
 
-    def _intact(self, container: InputContainer) -> Iterator[av.VideoFrame]:
+    def _needed(self, container: InputContainer, latest: list[float]) -> Iterator[av.VideoFrame]:
+        """Decode, but for frames on screen at none of the times that no other frame refers to."""
+        if self.codec not in _SKIPPING_CODECS:
+            yield from container.decode(self._stream)
+            return
+        for packet, following in _with_following(container.demux(self._stream)):
+            shown = True
+            if packet.pts is not None and following is not None:
+                begin, end = ((pts - self._first) * self._tick for pts in (packet.pts, following))
+                shown = bisect_left(latest, begin) < bisect_left(latest, end)
+            self._stream.codec_context.skip_frame = "DEFAULT" if shown else "NONREF"
+            yield from packet.decode()
+
+    def _intact(self, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         """Yield frames; one that is damaged spoils those that follow."""
         begun = False
-        for frame in container.decode(self._stream):
+        for frame in frames:
             begun = begun or bool(frame.key_frame)
             if begun and frame.is_corrupt:
                 where = f"{self._begin(frame):.2f} s from its beginning"
@@ -303,6 +320,27 @@ class _PyAVVideo:
         if frame.pts is None:
             raise UserError(f"video {self._name} has frames without a time stamp: pack it anew")
         return (frame.pts - self._first) * self._tick
+
+
+def _with_following(packets: Iterator[av.Packet]) -> Iterator[tuple[av.Packet, int | None]]:
+    """Yield packets, and the stamp of the one that follows on screen as far as is known.
+
+    It is looked for among `REORDERED` packets before and behind: a later one where it is not there.
+    """
+    ahead: deque[av.Packet] = deque()
+    stamps: deque[int] = deque(maxlen=2 * REORDERED)
+    for packet in packets:
+        ahead.append(packet)
+        if packet.pts is not None:
+            stamps.append(packet.pts)
+        if len(ahead) > REORDERED:
+            yield _and_following(ahead.popleft(), stamps)
+    yield from (_and_following(packet, stamps) for packet in ahead)
+
+
+def _and_following(packet: av.Packet, stamps: Iterable[int]) -> tuple[av.Packet, int | None]:
+    pts = packet.pts
+    return packet, None if pts is None else min((s for s in stamps if s > pts), default=None)
 
 
 class _DecordVideo:
@@ -411,6 +449,8 @@ class _TorchcodecVideo:
             raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
 
 
+_SKIPPING_CODECS = {"h264", "hevc", "mpeg4"}  # they may change their mind; dav1d may not
+REORDERED = 16  # packets that a frame may be decoded before its turn, by the standard of H.264
 FORGIVEN = 1e-3  # seconds that a time may lie before its frame: rounding of time stamps
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _BACKENDS = {"pyav": _PyAVVideo, "decord": _DecordVideo, "torchcodec": _TorchcodecVideo}
