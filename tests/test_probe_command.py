@@ -76,7 +76,7 @@ def test_an_encoder_of_other_images_is_refused(call, data, checkpoint, tmp_path)
     words = ("--data", data, "--image-size", 24, "--checkpoint", checkpoint)
     ended = call("probe", *words, "--run-dir", tmp_path / "run")
     assert "takes (1, 3, 16, 16) (frames" in ended.complaint()
-    assert "the data has (3, 24, 24)" in ended.stderr and not (tmp_path / "run").exists()
+    assert "the data has (1, 3, 24, 24)" in ended.stderr and not (tmp_path / "run").exists()
 
 
 def test_images_without_labels_are_refused(call, data, tmp_path):

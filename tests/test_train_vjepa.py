@@ -2,11 +2,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from jepa_world.checkpoint import load_tensors
+from jepa_world.checkpoint import encoder_weights, load_tensors
 from jepa_world.config import read_yaml
 from jepa_world.data.motion import letters, write_motion_clips
+from jepa_world.methods.world_model import load_world_model
 
 SMALL = (
     *("--steps", 4, "--batch-size", 8, "--log-every", 1, "--checkpoint-every", 2),
@@ -167,3 +169,28 @@ def test_probes_of_videos_are_printed_beside_what_costs_nothing(call, run, video
     assert {"supervised, in order", "supervised, shuffled"} <= rows.keys()
     assert rows[str(run)].keys() == {"attentive", "shuffled", "linear", "knn"}
     assert "motion" in done.stdout and "content" in done.stdout
+
+
+def test_a_predictor_is_trained_on_the_frozen_encoder_of_a_run(call, run, tiny_data, tmp_path):
+    words = (
+        *(
+            "--data",
+            tiny_data,
+            "--encoder",
+            run,
+            "--encoder.normalise",
+            "--run-dir",
+            tmp_path / "ac",
+        ),
+        *("--predictor", "block_causal", "--predictor.width", 32, "--predictor.normalise"),
+        *("--steps", 2, "--batch-size", 4, "--precision", "no", "--log-every", 1),
+    )
+    done = call("train_world_model", *words)
+    assert done.code == 0, done.stderr
+    line = json.loads((tmp_path / "ac" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"teacher_forcing", "rollout", "open_loop_error"} <= line.keys()
+    before, after = (encoder_weights(folder / "checkpoint")[0] for folder in (run, tmp_path / "ac"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    _, description = load_world_model(tmp_path / "ac")
+    assert description["encoder"]["tubelet"] == 2 and description["encoder"]["normalise"]
