@@ -8,6 +8,7 @@ for bit, and the samples of a step do not depend on the number of processes.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -114,12 +115,11 @@ def train(
             group["lr"] = learning_rate(step, config.steps, config.lr)
         batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
         try:
-            loss, terms, latent = model(batch, step)
+            loss, terms, latent = _backward(model, batch, step, accelerator)
         except ValueError as error:  # of a loss that refuses features that are not finite
             raise _diverged(str(error), step, run_dir) from error
         if not torch.isfinite(loss):
             raise _diverged(f"the loss is {loss.item()}", step, run_dir)
-        accelerator.backward(loss)
         norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), 1.0))
         prepared.step()
         prepared.zero_grad()
@@ -135,6 +135,28 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return log.last
+
+
+def _backward(
+    model: nn.Module, batch: dict[str, Tensor], step: int, accelerator: Accelerator
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Compute gradients, of so many parts of the batch in turn as the accelerator accumulates.
+
+    Processes add up their gradients at the last part. What is a statistic of the batch (SIGReg,
+    batch norm) is then one of each part.
+    """
+    parts = accelerator.gradient_accumulation_steps
+    outputs: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []
+    for number in range(parts):
+        part = {key: value.chunk(parts)[number] for key, value in batch.items()}
+        last = number + 1 == parts
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss, terms, latent = model(part, step)
+            accelerator.backward(loss)  # divides by the number of parts
+        outputs.append((loss.detach(), terms, latent))
+    losses, terms, latents = zip(*outputs, strict=True)
+    means = {key: torch.stack([of[key] for of in terms]).mean() for key in terms[0]}
+    return torch.stack(losses).mean(), means, torch.cat(latents)
 
 
 def make_accelerator(precision: str, log_with: str, run_dir: Path) -> Accelerator:
@@ -213,9 +235,12 @@ def own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> sl
     Raises:
         UserError: the batch does not divide by the processes, or is more than there is.
     """
-    processes = accelerator.num_processes
-    if batch_size % processes:
-        raise UserError(f"--batch-size {batch_size} does not divide by {processes} processes")
+    processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    if batch_size % (processes * parts):
+        times = "" if parts == 1 else f" x {parts} steps of accumulation"
+        raise UserError(
+            f"--batch-size {batch_size} does not divide by {processes} processes{times}"
+        )
     if num_samples < batch_size:
         raise UserError(
             f"--batch-size {batch_size} is more than the {num_samples} samples there are"

@@ -341,3 +341,20 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, tiny
     lines = {line for line in done.stderr.splitlines() if line.startswith("train_world_model")}
     assert lines == {"train_world_model: --batch-size 7 does not divide by 2 processes"}
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_a_batch_accumulate_to_the_step_of_the_whole(tmp_path, monkeypatch):
+    """As `accelerate launch --gradient_accumulation_steps 2` has it: gradients are averaged."""
+
+    def weight(folder, **changes):
+        torch.manual_seed(0)
+        method = Line()
+        method.dropout = nn.Identity()
+        fit(folder, method, steps=4, **changes)
+        return method.fit.weight.item()
+
+    whole = weight(tmp_path / "whole")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert weight(tmp_path / "parts") == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(UserError, match="2 steps of accumulation"):
+        weight(tmp_path / "odd", batch_size=3)

@@ -223,12 +223,12 @@ class TeacherIJEPA(nn.Module):
         self.student: Encoder = copy.deepcopy(encoder)  # type: ignore[assignment]
         self.encoder: Encoder = encoder.requires_grad_(False)  # type: ignore[assignment]
         self.predictor: MaskedPredictor = predictor  # type: ignore[assignment]
-        self.masks, self.momentum, self.steps = masks, momentum, steps
+        self.masks, self.momentum, self.steps, self.followed = masks, momentum, steps, -1
         self.views, self.shape, self.distance = views, shape, distance
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of a batch as `IJEPA` has it; in training, first follow the student."""
-        if self.training and step > 0:
+        if self.training and step > 0 and self.followed != step - 1:  # once a step
             self.follow(step - 1)
         return fitted(self, batch["pixels"]).loss(batch, step)
 
@@ -250,6 +250,7 @@ class TeacherIJEPA(nn.Module):
     @torch.no_grad()
     def follow(self, step: int) -> None:
         """Move the teacher towards the student, as after optimiser step `step`."""
+        self.followed = step
         momentum = self.momentum + (1 - self.momentum) * min(1.0, step / self.steps)
         teacher, student = (cast(nn.Module, part) for part in (self.encoder, self.student))
         for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
