@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.probe import load_encoder
-from jepa_world.commands.train_vjepa import load_parts, middles, some, write_default
+from jepa_world.commands.train_vjepa import DEFAULT, load_parts, middles, some, write_default
 from jepa_world.config import Part, require_at_least
 from jepa_world.data.augmentation import Augmentation
 from jepa_world.data.clips import Clips
@@ -34,8 +34,8 @@ class ProbeVideo:
     Without arguments: a random encoder on generated clips of moving letters.
     """
 
-    data: Path = Path("motion")
-    """`motion` (generated), or labelled videos as train_vjepa takes them."""
+    data: Path = DEFAULT
+    """Labelled videos, as train_vjepa takes them; data/motion is generated if it is not there."""
     checkpoint: tuple[Path, ...] = ()
     """Run folders of trained video encoders."""
     encoder: Part = Part("vit", {"dim": 96, "depth": 4, "heads": 3, "patch": 8, "tubelet": 2})
@@ -65,7 +65,7 @@ def run(config: ProbeVideo) -> None:
     use_one_thread()
     require_at_least(config, frames=1, size=8, at_most=20, supervised_steps=0, seed=0)
     made = Run.of("probe_video", config.run_dir)
-    if config.data == Path("motion"):
+    if config.data == DEFAULT:
         write_default(config.data)
     training, test = load_parts(config.data)
     if not training.classes:

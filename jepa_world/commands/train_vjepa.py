@@ -28,6 +28,7 @@ from jepa_world.runs import Run
 from jepa_world.testing import check_encoder, check_masked_predictor
 from jepa_world.training import Training, begin, make_accelerator, train
 
+DEFAULT = Path("data/motion")
 TINY = {
     **{"dim": 96, "depth": 4, "heads": 3, "patch": 8, "tubelet": 2},
     **{"positions": "rotary", "standardise": True},
@@ -63,8 +64,9 @@ class TrainVjepa(Training):
     and of the letter.
     """
 
-    data: Path = Path("motion")
-    """`motion` (generated), a folder or tar of videos, a list of files, or a csv with labels."""
+    data: Path = DEFAULT
+    """A folder or tar of videos, a list of files, or a csv with labels; data/motion is generated
+    if it is not there."""
     clips: ClipFlags = ClipFlags()
     """What is cut from the videos."""
     start: Path | None = None
@@ -96,11 +98,11 @@ def run(config: TrainVjepa) -> None:
     check(config)
     made = Run.of("train_vjepa", config.run_dir)
     accelerator = make_accelerator(config.precision, config.log_with, made.folder)
-    if accelerator.is_main_process and config.data == Path("motion"):
+    if accelerator.is_main_process and config.data == DEFAULT:
         write_default(config.data)
     accelerator.wait_for_everyone()
     whole, test = load_parts(config.data)
-    small = config.data == Path("motion") and not config.clips.stages
+    small = config.data == DEFAULT and not config.clips.stages
     if config.clips.cache or small:
         whole, test = (part.cached(size=config.clips.size) for part in (whole, test))
     training, held_out = hold_out(whole)
@@ -173,7 +175,7 @@ def stage(config: TrainVjepa, step: int) -> tuple[int, int]:
     return config.clips.frames, config.clips.size
 
 
-def write_default(folder: Path, *, items: int = 4000, test_items: int = 1000) -> None:
+def write_default(folder: Path, *, items: int = 3000, test_items: int = 750) -> None:
     """Write the clips of moving letters, or finish an interrupted writing."""
     for part, count, seed in (("train", items, 0), ("test", test_items, 1)):
         if not (folder / part / "clips.csv").is_file():
