@@ -1,6 +1,7 @@
 """Judge frozen video encoders: what their tokens tell of labels, and whether order matters."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from jepa_world.data.augmentation import Augmentation
 from jepa_world.data.clips import Clips
 from jepa_world.evaluation import Rate
 from jepa_world.methods.supervised import Supervised
-from jepa_world.probes import attentive_probe, clip_tokens, knn_probe, linear_probe
+from jepa_world.probes import attentive_probe, clip_tokens, factor_r2, knn_probe, linear_probe
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.training import Training, make_accelerator, train
@@ -68,7 +69,7 @@ def run(config: ProbeVideo) -> None:
     if config.data == DEFAULT:
         write_default(config.data)
     training, test = load_parts(config.data)
-    if not training.classes:
+    if not (training.classes or training.values):
         raise UserError(f"{str(config.data)!r} has no labels: give class folders or a csv")
     training, test = some(training, config.at_most), some(test, config.at_most // 2)
     shape = (config.frames, 3, config.size, config.size)
@@ -94,7 +95,11 @@ def run(config: ProbeVideo) -> None:
             )
     for factor, rows in results.items():
         print_rows(factor, rows)
-    made.finish({"judged_on": len(test), "fitted_on": len(training), "features": results})
+    r2 = values_by_encoder(known, fit, training, pixels, test)
+    for name, row in r2.items():
+        print(f"R^2 from {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
+    counts = {"judged_on": len(test), "fitted_on": len(training)}
+    made.finish({**counts, "features": results, "R^2": r2})
 
 
 def judge(
@@ -118,6 +123,23 @@ def judge(
             "knn": rate(knn_probe(*means), truth),
         }
     return rows
+
+
+def values_by_encoder(
+    known: dict[str, Any], fit: Pixels, training: Clips, pixels: Pixels, test: Clips
+) -> dict[str, dict[str, float]]:
+    """Return R^2 of every number by a linear read-out: of the last raw frame, and of encoders.
+
+    An encoder is read as the mean tokens of its time steps, one behind the other.
+    """
+    if not training.values:
+        return {}
+    features = {"the last frame": lambda clips: _raw(clips[:, -1:])}
+    features |= {name: partial(_steps, encoder) for name, encoder in known.items()}
+    return {
+        name: factor_r2(read(fit), training.values, read(pixels), test.values)
+        for name, read in features.items()
+    }
 
 
 def plain_rows(
@@ -207,6 +229,12 @@ def _raw(pixels: Pixels) -> Float[Tensor, "n d"]:
         torch.from_numpy(pixels[..., 0]), "n t (y q) (x r) -> n t y x (q r)", q=4, r=4
     )
     return coarse.float().mean(-1).flatten(1) / 255
+
+
+def _steps(encoder: Any, pixels: Pixels) -> Float[Tensor, "n d"]:
+    tokens = clip_tokens(encoder, pixels)
+    steps = encoder.grid[0]
+    return rearrange(tokens, "n (t l) d -> n t l d", t=steps).mean(2).flatten(1)
 
 
 def _mean_frame(pixels: Pixels) -> Float[Tensor, "n d"]:

@@ -1,0 +1,72 @@
+"""Lay out videos with known motion: moving items, or windows of a dataset of trajectories.
+
+    python benchmarks/motion.py items /usr/share/datasets/fashion-mnist data/fashion_motion
+    python benchmarks/motion.py windows data/reach data/reach_windows
+
+`items`: every image of the training part in one motion, and half of the test part: OUT/train and
+OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `windows`: four windows of every
+episode, test episodes apart, with joint angles (cosines and sines) and joint rates (rad/s) at the
+last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data OUT` take both.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from jepa_world.data.images import load_images
+from jepa_world.data.motion import write_motion_clips
+from jepa_world.data.trajectories import Trajectories
+from jepa_world.data.video import write_video
+
+FRAMES, FPS = 8, 8.0
+
+
+def lay_out_items(source: Path, folder: Path, count: int) -> None:
+    """Write a clip of every item: `count` for training, a quarter as many for the test."""
+    training, test = load_images(source)
+    for name, images, at_most, seed in (
+        ("train", training, count, 0),
+        ("test", test, count // 4, 1),
+    ):
+        chosen = np.arange(min(at_most, len(images)))
+        write_motion_clips(folder / name, images.take(chosen), seed=seed)
+
+
+def lay_out_windows(source: Path, folder: Path) -> None:
+    """Write windows of episodes with what the simulator knows of their last frame."""
+    columns = ("pixels", "state", "proprio")
+    for name, part in zip(
+        ("train", "test"), Trajectories(source, columns=columns).split(0.2), strict=True
+    ):
+        first = part.windows(FRAMES)[::5]
+        rows: list[list[object]] = []
+        for number, window in enumerate(tqdm(first, f"writing {name}")):
+            batch = part.read(np.array([window]), FRAMES)
+            write_video(folder / name / f"{number:05d}.mp4", batch["pixels"][0], FPS)
+            state, proprio = batch["state"][0, -1], batch["proprio"][0, -1]
+            rows.append([f"{number:05d}.mp4", *state[len(state) // 2 :], *proprio])
+        joints = len(state) // 2
+        heads = [f"rate{i}" for i in range(joints)]
+        heads += [f"{f}{i}" for i in range(joints) for f in ("cos", "sin")]
+        with (folder / name / "clips.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["path", *heads], *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("items", "windows"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=16_000, help="items for training")
+    given = parser.parse_args()
+    if given.what == "items":
+        lay_out_items(given.source, given.folder, given.count)
+    else:
+        lay_out_windows(given.source, given.folder)
+
+
+if __name__ == "__main__":
+    main()
