@@ -96,7 +96,7 @@ def _small_frames(job: Job) -> Iterator[av.VideoFrame]:
         height, width = (
             2 * max(1, round(scale * side / 2)) for side in (frame.height, frame.width)
         )
-        small = frame.reformat(width, height, "yuv420p", interpolation="AREA")
+        small = frame.reformat(width, height, "yuv420p", interpolation="AREA", threads=1)
         small.pts, small.time_base = round(time / TICK), TICK
         small.pict_type = 0  # the encoder chooses
         yield small
