@@ -56,7 +56,7 @@ def lay_out_windows(source: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Lay out videos with known motion")
     parser.add_argument("what", choices=("items", "windows"))
     parser.add_argument("source", type=Path)
     parser.add_argument("folder", type=Path)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def batch(*shape, count=16):
     return {"pixels": pixels, "index": torch.arange(count)}
 
 
-def built(description):
+def built(description) -> Any:
     torch.manual_seed(0)
     return build_vjepa(description)
 

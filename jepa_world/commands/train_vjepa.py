@@ -347,7 +347,8 @@ def draw_clips(folder: Path, method: IJEPA | TeacherIJEPA, clips: Clips, flags: 
     """Draw masks and tokens of the first clips over time, as `masks.png` and `tokens.png`."""
     pixels = middles(clips.take(np.arange(min(4, len(clips)))), flags)
     encoder: Any = method.encoder
-    for step, kind in enumerate(dict.fromkeys(method.masks.kinds)):
+    turns: Any = method.masks
+    for step, kind in enumerate(turns.kinds):
         masks = kind(torch.arange(len(pixels)), step)
         tube_picture(pixels, masks, encoder.grid).savefig(folder / f"masks{step}.png", dpi=120)
     tokens = clip_tokens(encoder, pixels)

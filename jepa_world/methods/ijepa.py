@@ -134,7 +134,8 @@ class IJEPA(nn.Module):
         self.encoder: Encoder = encoder  # type: ignore[assignment]
         self.predictor: MaskedPredictor = predictor  # type: ignore[assignment]
         self.sigreg, self.masks, self.views = sigreg, masks, views
-        self.shape, self.distance = shape, distance
+        self.shape = shape
+        self.distance: Distance = distance
         self.projector = projection_head(self.encoder.dim, 128, 64) if whole else None
         self.weights = {"prediction": 1.0, "sigreg": weight}
         if whole:
@@ -224,7 +225,8 @@ class TeacherIJEPA(nn.Module):
         self.encoder: Encoder = encoder.requires_grad_(False)  # type: ignore[assignment]
         self.predictor: MaskedPredictor = predictor  # type: ignore[assignment]
         self.masks, self.momentum, self.steps, self.followed = masks, momentum, steps, -1
-        self.views, self.shape, self.distance = views, shape, distance
+        self.views, self.shape = views, shape
+        self.distance: Distance = distance
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of a batch as `IJEPA` has it; in training, first follow the student."""
@@ -339,8 +341,7 @@ def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
     changed = smallest < 1 or colour > 0
     views = Augmentation.of_strength((smallest, 1.0), colour) if changed else None
     if teacher is not None:
-        how = {"momentum": momentum, "steps": steps}
-        return TeacherIJEPA(encoder, predictor, masks, views=views, **how)
+        return TeacherIJEPA(encoder, predictor, masks, momentum=momentum, steps=steps, views=views)
     sigreg = SIGReg(slices=slices, seed=seed)
     return IJEPA(encoder, predictor, sigreg, masks, weight=weight, whole=whole, views=views)
 
