@@ -83,10 +83,10 @@ class TrainVjepa(Training):
     teacher: Literal["none", "ema"] = "none"
     """none: SIGReg keeps features from collapsing; ema: a moving average does, as published with
     --views 1 0."""
-    weights: tuple[float, float] = (1.0, 20.0)
+    weights: tuple[float, float] = (10.0, 1.0)
     """Weights against the error of tokens: of SIGReg of tokens, without its factor N, and of
     foretelling the hidden part as a whole, with a SIGReg of its own."""
-    steps: int = 600
+    steps: int = 500
     batch_size: int = 64
     lr: float = 2e-3
     weight_decay: float = 5e-2
