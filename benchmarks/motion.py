@@ -42,17 +42,17 @@ def lay_out_windows(source: Path, folder: Path) -> None:
         ("train", "test"), Trajectories(source, columns=columns).split(0.2), strict=True
     ):
         first = part.windows(FRAMES)[::5]
-        rows: list[list[object]] = []
+        joints = part.read(first[:1], FRAMES)["state"].shape[-1] // 2
+        heads = [f"rate{i}" for i in range(joints)]
+        heads += [f"{f}{i}" for i in range(joints) for f in ("cos", "sin")]
+        rows: list[list[object]] = [["path", *heads]]
         for number, window in enumerate(tqdm(first, f"writing {name}")):
             batch = part.read(np.array([window]), FRAMES)
             write_video(folder / name / f"{number:05d}.mp4", batch["pixels"][0], FPS)
             state, proprio = batch["state"][0, -1], batch["proprio"][0, -1]
-            rows.append([f"{number:05d}.mp4", *state[len(state) // 2 :], *proprio])
-        joints = len(state) // 2
-        heads = [f"rate{i}" for i in range(joints)]
-        heads += [f"{f}{i}" for i in range(joints) for f in ("cos", "sin")]
+            rows.append([f"{number:05d}.mp4", *state[joints:], *proprio])
         with (folder / name / "clips.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([["path", *heads], *rows])
+            csv.writer(file).writerows(rows)
 
 
 def main() -> None:
