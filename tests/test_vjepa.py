@@ -153,3 +153,19 @@ def test_masks_are_of_samples_and_steps_alone():
     whole, part = masks(torch.arange(8), 5), masks(torch.tensor([6, 2]), 5)
     assert isinstance(whole, Masks)
     torch.testing.assert_close(whole.target[[6, 2]], part.target)
+
+
+def test_targets_see_their_group_only():
+    """460 targets are two groups in the order of time: the cost is not their square."""
+    shape = [8, 3, 32, 32]
+    encoder = DESCRIPTION["encoder"] | {"tubelet": 1, "standardise": False}
+    method = built(DESCRIPTION | {"observation_shape": shape, "encoder": encoder})
+    masks = tube_masks(("long",), method.encoder.grid)(torch.tensor([3, 3]), 0)
+    early, late = masks.target.chunk(2, 1)
+    assert masks.target.shape[1] > 256 and early.shape[1] <= 256 and (late >= 64).all()
+    video = torch.rand(2, *shape)
+    changed = video.clone()
+    changed[:, 0] = torch.rand(2, 3, 32, 32)  # the first frame, which no late group holds
+    one, two = (method.targets(clips, masks)[0] for clips in (video, changed))
+    torch.testing.assert_close(one[:, -late.shape[1] :], two[:, -late.shape[1] :])
+    assert (one[:, : early.shape[1]] - two[:, : early.shape[1]]).abs().max() > 0.1

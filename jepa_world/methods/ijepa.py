@@ -32,6 +32,8 @@ from jepa_world.nn import projection_head, sum_over_processes, take_tokens
 from jepa_world.registry import UserError
 from jepa_world.sigreg import SIGReg
 
+GROUP = 256  # targets that see each other: attention does not grow with the square of their number
+
 
 class DrawMasks(Protocol):
     """Draws the masks of samples, and has the seed of all that is drawn for them."""
@@ -172,7 +174,9 @@ class IJEPA(nn.Module):
         self, video: Float[Tensor, "b t c hh ww"], masks: Masks
     ) -> tuple[Float[Tensor, "b m d"], Tensor]:
         """Return the tokens to predict, all that the pass computes, and their projected mean."""
-        z = _full_precision(self.encoder(video, keep=masks.target))
+        groups = masks.target.chunk(-(-masks.target.shape[1] // GROUP), 1)
+        parts = [self.encoder(video, keep=group) for group in groups]
+        z = _full_precision(torch.cat(parts, 1))
         mean = z.mean(1) if self.projector is None else self.projector(z.mean(1))
         return centre_positions(z, masks.target, _length(self.encoder)), _full_precision(mean)
 
