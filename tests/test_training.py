@@ -344,7 +344,7 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, tiny
 
 
 def test_parts_of_a_batch_accumulate_to_the_step_of_the_whole(tmp_path, monkeypatch):
-    """As `accelerate launch --gradient_accumulation_steps 2` has it: gradients are averaged."""
+    """By the variable that Accelerate reads: gradients are averaged."""
 
     def weight(folder, **changes):
         torch.manual_seed(0)
