@@ -20,7 +20,7 @@ import docstring_parser
 import tyro
 import yaml
 
-from jepa_world.registry import UserError, load_class
+from jepa_world.registry import UserError, class_path, load_class
 
 C = TypeVar("C")
 
@@ -274,7 +274,7 @@ def _saved_parts(words: list[str], parts: dict[str, Part]) -> list[str]:
     written: list[str] = []
     for word in words:
         kind = written[-1].lstrip("-").replace("-", "_") if written else ""
-        if kind in parts and Path(word).is_dir():
+        if kind in parts and (Path(word) / "checkpoint" / "config.yaml").is_file():
             flag = written.pop()
             written += [*_flags(_saved_part(Path(word), kind), f"{flag}."), "--frozen", word]
         else:
@@ -286,12 +286,19 @@ def _saved_part(run: Path, kind: str) -> dict[str, Any]:
     """Return the name and the options of a part in the checkpoint of a run.
 
     Raises:
-        UserError: there is no checkpoint, or it has no such part.
+        UserError: the checkpoint has no such part, or one from outside the package.
     """
-    description = read_yaml(run / "checkpoint" / "config.yaml")
-    if not isinstance(description.get(kind), dict):
+    part = read_yaml(run / "checkpoint" / "config.yaml").get(kind)
+    if not (isinstance(part, dict) and "name" in part):
         raise UserError(f"the checkpoint in {str(run)!r} describes no {kind}")
-    return description[kind]
+    where = class_path(kind, str(cast(dict[str, Any], part)["name"]))
+    if not where.startswith("jepa_world."):  # only the user's own word imports it
+        flag = _part_flag(kind)
+        raise UserError(
+            f"the {kind} in {str(run)!r} is {where}: name it yourself, {flag} {where} and its "
+            f"options, and --frozen {run}"
+        )
+    return cast(dict[str, Any], part)
 
 
 def _part_flag(kind: str) -> str:

@@ -1,4 +1,6 @@
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -194,3 +196,13 @@ def test_a_predictor_is_trained_on_the_frozen_encoder_of_a_run(call, run, tiny_d
     assert all(torch.equal(before[key], after[key]) for key in before)
     _, description = load_world_model(tmp_path / "ac")
     assert description["encoder"]["tubelet"] == 2 and description["encoder"]["normalise"]
+
+
+def test_a_part_from_outside_the_package_is_not_imported_from_a_run(call, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = copy / "checkpoint" / "config.yaml"
+    config.write_text(config.read_text().replace("name: vit", "name: antigravity:Encoder"))
+    ended = call("train_world_model", "--encoder", copy, "--run-dir", tmp_path / "run")
+    assert "antigravity:Encoder: name it yourself" in ended.complaint()
+    assert "antigravity" not in sys.modules
