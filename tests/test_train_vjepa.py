@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from jepa_world.checkpoint import encoder_weights, load_tensors
+from jepa_world.commands.train_vjepa import ClipFlags, middles
 from jepa_world.config import read_yaml
+from jepa_world.data.clips import load_clips
 from jepa_world.data.motion import letters, write_motion_clips
 from jepa_world.methods.world_model import load_world_model
 
@@ -206,3 +208,14 @@ def test_a_part_from_outside_the_package_is_not_imported_from_a_run(call, run, t
     ended = call("train_world_model", "--encoder", copy, "--run-dir", tmp_path / "run")
     assert "antigravity:Encoder: name it yourself" in ended.complaint()
     assert "antigravity" not in sys.modules
+
+
+def test_the_label_of_a_replaced_video_is_that_of_the_one_that_is_seen(tmp_path):
+    listed = write_motion_clips(tmp_path / "videos", letters(30, seed=0), seed=0)
+    (listed.parent / "000003.mp4").write_bytes(b"no video" * 50)
+    clips = load_clips(listed)
+    pixels, seen = middles(clips, ClipFlags(frames=4, fps=8.0, size=16))
+    assert len(seen) == len(clips) == 30 and seen.names[3] != "000003.mp4"
+    again = clips.names.index(seen.names[3])
+    assert seen.classes["motion"][3] == clips.classes["motion"][again]
+    np.testing.assert_array_equal(pixels[3], pixels[again])

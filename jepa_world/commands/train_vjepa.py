@@ -288,10 +288,11 @@ class Cut(Protocol):
         ...
 
 
-def middles(clips: Clips, flags: Cut) -> UInt8[np.ndarray, "n t hh ww c"]:
-    """Return the clip in the middle of every video."""
+def middles(clips: Clips, flags: Cut) -> tuple[UInt8[np.ndarray, "n t hh ww c"], Clips]:
+    """Return the clip in the middle of every video, and the videos: others for unreadable ones."""
     every = np.arange(len(clips))
-    return clips.read_middle(every, frames=flags.frames, fps=flags.fps, size=flags.size)
+    pixels, drawn = clips.draw_middle(every, frames=flags.frames, fps=flags.fps, size=flags.size)
+    return pixels, clips.take(drawn)
 
 
 def quick_probe(
@@ -300,8 +301,9 @@ def quick_probe(
     """Return how well mean tokens tell every label, by k-NN among 2000 videos at most."""
     if not training.classes:
         return {}
-    training = some(training, 2000)
-    fit_z, z = (clip_features(encoder, middles(part, flags)) for part in (training, held_out))
+    fit, training = middles(some(training, 2000), flags)
+    pixels, held_out = middles(held_out, flags)
+    fit_z, z = (clip_features(encoder, clips) for clips in (fit, pixels))
     return {
         f"knn_{factor}": accuracy(knn_probe(fit_z, tensor(labels), z), held_out.classes[factor])
         for factor, labels in training.classes.items()
@@ -314,10 +316,11 @@ def beside_a_random_encoder(
     """Print what attentive probes read of every label from each encoder, by up to 1500 videos."""
     if not training.classes:
         return {}
-    training, test = some(training, 1500), some(test, 1000)
+    fit, training = middles(some(training, 1500), flags)
+    pixels, test = middles(some(test, 1000), flags)
     rows: dict[str, dict[str, float]] = {}
     for name, encoder in encoders.items():
-        fit_z, z = (clip_tokens(encoder, middles(part, flags)) for part in (training, test))
+        fit_z, z = (clip_tokens(encoder, clips) for clips in (fit, pixels))
         rows[name] = {
             factor: accuracy(attentive_probe(fit_z, tensor(labels), z), test.classes[factor])
             for factor, labels in training.classes.items()
@@ -345,7 +348,7 @@ def tensor(labels: Int[np.ndarray, " n"]) -> Tensor:
 
 def draw_clips(folder: Path, method: IJEPA | TeacherIJEPA, clips: Clips, flags: ClipFlags) -> None:
     """Draw masks and tokens of the first clips over time, as `masks.png` and `tokens.png`."""
-    pixels = middles(clips.take(np.arange(min(4, len(clips)))), flags)
+    pixels, _ = middles(clips.take(np.arange(min(4, len(clips)))), flags)
     encoder: Any = method.encoder
     turns: Any = method.masks
     for step, kind in enumerate(turns.kinds):
