@@ -320,34 +320,75 @@ def build_ijepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
     Raises:
         UserError: a key is missing or does not fit, or a part cannot be built.
     """
-    try:
-        shape = tuple(int(size) for size in description["observation_shape"])
-        parts = {
-            kind: part_from_dict(description[kind]) for kind in ("encoder", "masked_predictor")
-        }
+
+    def masks(grid: Grid, seed: int) -> DrawMasks:
         context, target = (float(description["masks"][key]) for key in ("context", "target"))
+        return MultiBlockMasks(grid, context=context, target=target, seed=seed)
+
+    distance: Distance = "l2" if description.get("teacher") is None else "smooth_l1"
+    return assemble(description, masks, "I-JEPA", distance)
+
+
+def assemble(
+    description: dict[str, Any],
+    masks: Callable[[Grid, int], DrawMasks],
+    name: str,
+    distance: Distance,
+    *,
+    any_shape: bool = False,
+) -> IJEPA | TeacherIJEPA:
+    """Build a masked-prediction method from its description.
+
+    Args:
+        description: What the `config.yaml` of a checkpoint holds.
+        masks: Makes what draws masks, from the grid of tokens and a seed.
+        name: What errors call the method.
+        distance: Between tokens predicted and tokens to predict.
+        any_shape: Whether batches of other clips than described may come.
+
+    Raises:
+        UserError: a key is missing or does not fit, or a part cannot be built.
+    """
+    try:
+        frames, channels, rows, columns = (int(n) for n in description["observation_shape"])
+        part, predicts = (part_from_dict(description[k]) for k in ("encoder", "masked_predictor"))
         slices, seed, weight = (description["sigreg"][key] for key in ("slices", "seed", "weight"))
         smallest, colour = (float(description["views"][key]) for key in ("crop", "colour"))
-        whole = float(description["whole"])
-        teacher = description["teacher"]
+        whole, teacher = float(description["whole"]), description["teacher"]
         momentum, steps = (teacher["momentum"], teacher["steps"]) if teacher is not None else (0, 0)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"not the description of I-JEPA: {error!r}") from error
-    encoder = parts["encoder"].build("encoder", shape)
+        raise UserError(f"not the description of {name}: {error!r}") from error
+    shape = (frames, channels, rows, columns)
+    encoder = part.build("encoder", shape)
     if not (isinstance(encoder, nn.Module) and isinstance(encoder, OnGrid)):
-        name = parts["encoder"].name
-        raise UserError(f"encoder {name!r} has no `grid` (t, rows, columns) of tokens")
+        raise UserError(f"encoder {part.name!r} has no `grid` (t, rows, columns) of tokens")
     try:
-        masks = MultiBlockMasks(encoder.grid, context=context, target=target, seed=seed)
+        draw = masks(encoder.grid, seed)
     except ValueError as error:
         raise UserError(str(error)) from error
-    predictor = parts["masked_predictor"].build("masked_predictor", encoder.dim, encoder.grid)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"not the description of {name}: {error!r}") from error
+    predictor = predicts.build("masked_predictor", encoder.dim, encoder.grid)
     changed = smallest < 1 or colour > 0
     views = Augmentation.of_strength((smallest, 1.0), colour) if changed else None
+    built_for = shape if any_shape else None
     if teacher is not None:
-        return TeacherIJEPA(encoder, predictor, masks, momentum=momentum, steps=steps, views=views)
-    sigreg = SIGReg(slices=slices, seed=seed)
-    return IJEPA(encoder, predictor, sigreg, masks, weight=weight, whole=whole, views=views)
+        return TeacherIJEPA(
+            *(encoder, predictor, draw),
+            momentum=momentum,
+            steps=steps,
+            views=views,
+            shape=built_for,
+            distance=distance,
+        )
+    return IJEPA(
+        *(encoder, predictor, SIGReg(slices=slices, seed=seed), draw),
+        weight=weight,
+        whole=whole,
+        views=views,
+        shape=built_for,
+        distance=distance,
+    )
 
 
 def _inputs(

@@ -9,14 +9,9 @@ of the frame until three quarters are hidden, and of .7 until nine tenths are.
 
 from typing import Any, Literal
 
-from torch import nn
-
-from jepa_world.config import part_from_dict
-from jepa_world.data.augmentation import Augmentation
 from jepa_world.masking import Grid, MultiBlockMasks, RandomMasks, TurnsOfMasks
-from jepa_world.methods.ijepa import IJEPA, OnGrid, Shape, TeacherIJEPA
+from jepa_world.methods.ijepa import DISTANCES, IJEPA, DrawMasks, TeacherIJEPA, assemble
 from jepa_world.registry import UserError
-from jepa_world.sigreg import SIGReg
 
 MaskKind = Literal["short", "long", "random"]
 
@@ -56,45 +51,12 @@ def build_vjepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
     Raises:
         UserError: a key is missing or does not fit, or a part cannot be built.
     """
-    try:
-        frames, channels, rows, columns = map(int, description["observation_shape"])
-        parts = {
-            kind: part_from_dict(description[kind]) for kind in ("encoder", "masked_predictor")
-        }
-        kinds, predict = tuple(description["masks"]), float(description["predict"])
-        slices, seed, weight = (description["sigreg"][key] for key in ("slices", "seed", "weight"))
-        smallest, colour = (float(description["views"][key]) for key in ("crop", "colour"))
-        whole, distance = float(description["whole"]), description["distance"]
-        teacher = description["teacher"]
-        momentum, steps = (teacher["momentum"], teacher["steps"]) if teacher is not None else (0, 0)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"not the description of V-JEPA: {error!r}") from error
-    shape: Shape = (frames, channels, rows, columns)
-    encoder = parts["encoder"].build("encoder", shape)
-    if not (isinstance(encoder, nn.Module) and isinstance(encoder, OnGrid)):
-        name = parts["encoder"].name
-        raise UserError(f"encoder {name!r} has no `grid` (t, rows, columns) of tokens")
-    try:
-        masks = tube_masks(kinds, encoder.grid, predict=predict, seed=seed)
-    except (KeyError, ValueError) as error:
-        raise UserError(str(error)) from error
-    predictor = parts["masked_predictor"].build("masked_predictor", encoder.dim, encoder.grid)
-    changed = smallest < 1 or colour > 0
-    views = Augmentation.of_strength((smallest, 1.0), colour) if changed else None
-    if teacher is not None:
-        return TeacherIJEPA(
-            *(encoder, predictor, masks),
-            momentum=momentum,
-            steps=steps,
-            views=views,
-            shape=shape,
-            distance=distance,
-        )
-    return IJEPA(
-        *(encoder, predictor, SIGReg(slices=slices, seed=seed), masks),
-        weight=weight,
-        whole=whole,
-        views=views,
-        shape=shape,
-        distance=distance,
-    )
+
+    def masks(grid: Grid, seed: int) -> DrawMasks:
+        kinds, share = tuple(description["masks"]), float(description["predict"])
+        return tube_masks(kinds, grid, predict=share, seed=seed)
+
+    distance = description.get("distance")
+    if distance not in DISTANCES:
+        raise UserError(f"not the description of V-JEPA: the distance {distance!r}")
+    return assemble(description, masks, "V-JEPA", distance, any_shape=True)
