@@ -95,6 +95,7 @@ def test_a_stopped_run_goes_on_exactly(call, videos, run, tmp_path):
 @pytest.mark.parametrize("teacher", ["none", "ema"])
 def test_stages_and_images_share_the_weights(call, videos, pictures, tmp_path, teacher):
     words = (*SMALL, "--data", videos, "--run-dir", tmp_path / "run", "--teacher", teacher)
+    words += ("--predict.share", 0.6, "--predict.distance", "l1", "--predict.masks", "random")
     stages = ("--clips.stages", 0.25, 2, 12, 0.25, 4, 12, "--clips.images", pictures)
     done = call("train_vjepa", *words, *stages)
     assert done.code == 0, done.stderr
@@ -133,7 +134,9 @@ def test_an_encoder_of_images_starts_one_of_videos(call, videos, pictures, tmp_p
         (("--clips.frames", 5), "does not divide into patches"),
         (("--clips.stages", 0.9, 2, 16, 0.9, 4, 16), "add up to 1 at most"),
         (("--views", 0, 0), "--views"),
-        (("--masks", "tall"), "tall"),
+        (("--predict.masks", "tall"), "tall"),
+        (("--predict.share", 0), "--predict.share 0"),
+        (("--predict.distance", "l3"), "l3"),
         (("--data", "nowhere"), "no videos at 'nowhere'"),
         (("--start", "nowhere"), "nowhere"),
         (("--clips.cache", "--clips.stages", 0.5, 4, 8), "keeps 16 pixels"),

@@ -89,7 +89,16 @@ def check(config: TrainIjepa) -> None:
     """
     require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
     require_at_least(config, lr=0, weight_decay=0, seed=0, image_size=8)
-    if not (0 < config.views[0] <= 1 and config.views[1] >= 0):
-        raise UserError(f"--views {config.views}: give a share in (0, 1] and a strength from 0 on")
-    if min(config.weights) < 0:
-        raise UserError(f"--weights {config.weights}: give two numbers from 0 on")
+    check_objective(config.views, config.weights)
+
+
+def check_objective(views: tuple[float, float], weights: tuple[float, float]) -> None:
+    """Check the numbers that masked prediction of images and of clips have in common.
+
+    Raises:
+        UserError: naming the flag, the numbers and what is allowed.
+    """
+    if not (0 < views[0] <= 1 and views[1] >= 0):
+        raise UserError(f"--views {views}: give a share in (0, 1] and a strength from 0 on")
+    if min(weights) < 0:
+        raise UserError(f"--weights {weights}: give two numbers from 0 on")

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import jepa_world
 from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
 from jepa_world.commands import use_one_thread
-from jepa_world.commands.train_ijepa import MOMENTUM
+from jepa_world.commands.train_ijepa import MOMENTUM, check_objective
 from jepa_world.config import Part, require_at_least, to_dict
 from jepa_world.data.clips import Clips, hold_out, load_clips
 from jepa_world.data.images import Images, load_images
 from jepa_world.data.motion import letters, write_motion_clips
 from jepa_world.interfaces import Encoder
-from jepa_world.methods.ijepa import IJEPA, TeacherIJEPA
+from jepa_world.methods.ijepa import IJEPA, Distance, TeacherIJEPA
 from jepa_world.methods.vjepa import MaskKind, build_vjepa
 from jepa_world.pictures import clip_picture, tube_picture
 from jepa_world.probes import attentive_probe, clip_features, clip_tokens, knn_probe
@@ -57,6 +57,18 @@ class ClipFlags:
 
 
 @dataclass(frozen=True)
+class PredictFlags:
+    """What is hidden, how much of it is predicted, and how the error is measured."""
+
+    masks: tuple[MaskKind, ...] = ("short", "long")
+    """Kinds of masks that take turns: blocks of .15 of the frame, of .7, places one by one."""
+    share: float = 1.0
+    """Share of the hidden tokens that is predicted: less is cheaper."""
+    distance: Distance = "l2"
+    """Between tokens predicted and tokens to predict; V-JEPA has l1 with its teacher."""
+
+
+@dataclass(frozen=True)
 class TrainVjepa(Training):
     """Train an encoder on videos without labels: error of hidden tubes + weight * SIGReg.
 
@@ -75,14 +87,14 @@ class TrainVjepa(Training):
     """Maps clips to tokens on a grid."""
     masked_predictor: Part = Part("cross", {"width": 64, "depth": 2, "heads": 2})
     """Maps visible tokens to hidden ones."""
-    masks: tuple[MaskKind, ...] = ("short", "long")
-    """Kinds of masks that take turns: blocks of .15 of the frame, of .7, places one by one."""
+    predict: PredictFlags = PredictFlags()
+    """What is hidden, how much of it is predicted, and how the error is measured."""
     views: tuple[float, float] = (0.7, 0.5)
     """The context is seen in one view of the clip, targets in another: least share of the frame
     that a view keeps, and strength of jitter, greying, blur and solarising."""
     teacher: Literal["none", "ema"] = "none"
     """none: SIGReg keeps features from collapsing; ema: a moving average does, as published with
-    --views 1 0."""
+    --views 1 0 --predict.distance l1."""
     weights: tuple[float, float] = (10.0, 1.0)
     """Weights against the error of tokens: of SIGReg of tokens, without its factor N, and of
     foretelling the hidden part as a whole, with a SIGReg of its own."""
@@ -221,12 +233,12 @@ def describe(config: TrainVjepa, shape: tuple[int, ...]) -> dict[str, Any]:
         "observation_shape": list(shape),
         "encoder": to_dict(config)["encoder"],
         "masked_predictor": to_dict(config)["masked_predictor"],
-        "masks": list(config.masks),
-        "predict": 1.0,
+        "masks": list(config.predict.masks),
+        "predict": config.predict.share,
         "teacher": teacher if config.teacher == "ema" else None,
         "views": {"crop": crop, "colour": colour},
         "whole": whole,
-        "distance": "l1" if config.teacher == "ema" else "l2",
+        "distance": config.predict.distance,
         "sigreg": {"slices": 64, "seed": config.seed, "weight": weight},
         "jepa_world": jepa_world.__version__,
     }
@@ -381,9 +393,8 @@ def check(config: TrainVjepa) -> None:
         raise UserError(
             f"--clips.cache keeps {flags.size} pixels, a stage asks for {other[0]}: drop one"
         )
-    if not (0 < config.views[0] <= 1 and config.views[1] >= 0):
-        raise UserError(f"--views {config.views}: give a share in (0, 1] and a strength from 0 on")
-    if min(config.weights) < 0:
-        raise UserError(f"--weights {config.weights}: give two numbers from 0 on")
-    if not config.masks:
-        raise UserError("--masks: give at least one of short, long and random")
+    if not config.predict.masks:
+        raise UserError("--predict.masks: give at least one of short, long and random")
+    if not 0 < config.predict.share <= 1:
+        raise UserError(f"--predict.share {config.predict.share}: give a share in (0, 1]")
+    check_objective(config.views, config.weights)
