@@ -19,7 +19,7 @@ from jepa_world.nn import (
     Projector,
     grid_index,
     rotary_positions,
-    sincos_positions,
+    sincos_of_grid,
     take_tokens,
 )
 
@@ -169,7 +169,7 @@ class ViTEncoder(nn.Module):
     def _positions(self) -> Tensor:
         if self.rotates:
             return rotary_positions(self.dim // self.heads, grid_index(*self.grid))
-        return sincos_positions(self.dim, *(self.grid if self.grid[0] > 1 else self.grid[1:]))
+        return sincos_of_grid(self.dim, self.grid)
 
     def _encode(self, patches: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(patches).to(self.norm.weight.dtype)  # autocast halves maps, not their sum

@@ -411,6 +411,15 @@ def sincos_positions(dim: int, *shape: int) -> Float[Tensor, "l d"]:
     return F.pad(positions, (0, dim - positions.shape[-1])).float()
 
 
+def sincos_of_grid(dim: int, grid: tuple[int, int, int]) -> Float[Tensor, "l d"]:
+    """Return `sincos_positions` of time, rows and columns; without the time of a single step.
+
+    Raises:
+        ValueError: fewer than two channels for an axis.
+    """
+    return sincos_positions(dim, *(grid if grid[0] > 1 else grid[1:]))
+
+
 def grid_index(*shape: int) -> Int[Tensor, "l axes"]:
     """Return the place of every cell of a grid on each of its axes, in raster order."""
     axes = torch.meshgrid(*(torch.arange(length) for length in shape), indexing="ij")

@@ -17,7 +17,7 @@ from jepa_world.nn import (
     CrossAttention,
     grid_index,
     rotary_positions,
-    sincos_positions,
+    sincos_of_grid,
 )
 
 
@@ -102,7 +102,7 @@ class MaskedTransformer(nn.Module):
     def _positions(self, grid: tuple[int, int, int]) -> Tensor:
         if self.rotates:
             return rotary_positions(self.width // self.heads, grid_index(*grid))
-        return sincos_positions(self.width, *(grid if grid[0] > 1 else grid[1:]))
+        return sincos_of_grid(self.width, grid)
 
 
 class CrossMaskedTransformer(nn.Module):
@@ -171,7 +171,7 @@ class CrossMaskedTransformer(nn.Module):
         return _for_grid(self, grid)
 
     def _positions(self, grid: tuple[int, int, int]) -> Tensor:
-        return sincos_positions(self.width, *(grid if grid[0] > 1 else grid[1:]))
+        return sincos_of_grid(self.width, grid)
 
 
 class _CrossBlock(nn.Module):
