@@ -158,24 +158,22 @@ def test_damaged_videos_are_replaced_and_named(call, tmp_path, caplog):
 
 
 def test_probes_of_videos_are_printed_beside_what_costs_nothing(call, run, videos, tmp_path):
-    words = ("--data", videos, "--checkpoint", run, "--frames", 4, "--fps", 4, "--size", 16)
-    done = call(
-        "probe_video",
-        *words,
-        "--run-dir",
-        tmp_path / "probe",
-        "--supervised-steps",
-        2,
-        "--precision",
-        "no",
-    )
+    """The encoder was trained on clips of 4 frames; it sees 8 as two clips."""
+    folder = tmp_path / "probe"
+    words = ("--data", videos, "--checkpoint", run, "--frames", 8, "--fps", 8, "--size", 16)
+    words += ("--supervised-steps", 2, "--precision", "no", "--run-dir", folder)
+    done = call("probe_video", *words)
     assert done.code == 0, done.stderr
-    results = json.loads((tmp_path / "probe" / "results.json").read_text())
-    rows = results["features"]["motion"]
+    rows = json.loads((folder / "results.json").read_text())["features"]["motion"]
     assert {"raw pixels", "mean frame", "random encoder", str(run)} <= rows.keys()
     assert {"supervised, in order", "supervised, shuffled"} <= rows.keys()
     assert rows[str(run)].keys() == {"attentive", "shuffled", "linear", "knn"}
     assert "motion" in done.stdout and "content" in done.stdout
+
+
+def test_an_encoder_is_not_judged_on_clips_that_are_no_whole_number_of_its_own(call, run, videos):
+    words = ("--data", videos, "--checkpoint", run, "--frames", 6, "--size", 16)
+    assert "takes (4, 3, 16, 16)" in call("probe_video", *words).complaint()
 
 
 def test_a_predictor_is_trained_on_the_frozen_encoder_of_a_run(call, run, tiny_data, tmp_path):

@@ -112,7 +112,7 @@ def run(config: Probe) -> None:
 def load_encoder(
     path: Path, shape: tuple[int, ...], trusted: tuple[str, ...]
 ) -> tuple[Encoder, Part]:
-    """Load the encoder of a trained method, in evaluation mode.
+    """Load the encoder of a trained method, in evaluation mode; clips may hold several of its own.
 
     Raises:
         UserError: no checkpoint, a part that is not trusted, or one built for other clips.
@@ -122,14 +122,14 @@ def load_encoder(
     if "encoder" not in description or "observation_shape" not in description:
         raise UserError(f"{str(folder)!r} describes no encoder and the images it is for")
     own = tuple(description["observation_shape"])
-    if own != shape:
+    if own[1:] != shape[1:] or shape[0] % own[0]:
         raise UserError(
             f"{str(folder)!r} takes {own} (frames, channels, rows, columns), the data has {shape}: "
             "give its --data, or another size"
         )
     part = part_from_dict(description["encoder"])
     require_trust(class_path("encoder", part.name), trusted)
-    encoder = part.build("encoder", shape)
+    encoder = part.build("encoder", own)
     load_state(encoder, *encoder_weights(folder))
     return encoder.eval(), part
 

@@ -39,7 +39,7 @@ class ProbeVideo:
     data: Path = DEFAULT
     """Labelled videos, as train_vjepa takes them; data/motion is generated if it is not there."""
     checkpoint: tuple[Path, ...] = ()
-    """Run folders of trained video encoders."""
+    """Run folders of trained encoders, of videos or of images: those see every frame by itself."""
     encoder: Part = Part("vit", {"dim": 96, "depth": 4, "heads": 3, "patch": 8, "tubelet": 2})
     """Encoder of the random and the supervised rows, where no checkpoint names one."""
     frames: int = 16
@@ -231,9 +231,8 @@ def _raw(pixels: Pixels) -> Float[Tensor, "n d"]:
 
 
 def _steps(encoder: Any, pixels: Pixels) -> Float[Tensor, "n d"]:
-    tokens = clip_tokens(encoder, pixels)
-    steps = encoder.grid[0]
-    return rearrange(tokens, "n (t l) d -> n t l d", t=steps).mean(2).flatten(1)
+    steps = rearrange(clip_tokens(encoder, pixels), "n (t l) d -> n t l d", l=encoder.num_tokens)
+    return steps.mean(2).flatten(1)
 
 
 def _mean_frame(pixels: Pixels) -> Float[Tensor, "n d"]:
