@@ -1,6 +1,6 @@
 """What features are worth, without training the encoder, and whether they have collapsed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict, cast
 
 import numpy as np
@@ -215,32 +215,75 @@ def attentive_probe(
     *,
     heads: int = 4,
     epochs: int = 10,
-    lr: float = 1e-3,
-    batch_size: int = 64,
     seed: int = 0,
 ) -> Int[Tensor, " m"]:
     """Return the class of every clip by a query that attends to its tokens, trained on the fit.
 
-    AdamW with a cosine; tokens are standardised by those of `fit_z`. (V-JEPA, arXiv 2404.08471,
-    section 4: frozen evaluation.)
+    (V-JEPA, arXiv 2404.08471, section 4: frozen evaluation.)
+    """
+    classes = int(fit_y.max()) + 1
+    read = _fit_attentive(
+        fit_z, fit_y, classes, F.cross_entropy, heads=heads, epochs=epochs, seed=seed
+    )
+    return read(z).argmax(1)
+
+
+def attentive_r2(
+    fit_z: Float[Tensor, "n l d"],
+    fit_y: Float[Tensor, "n k"],
+    z: Float[Tensor, "m l d"],
+    y: Float[Tensor, "m k"],
+    *,
+    heads: int = 4,
+    epochs: int = 30,
+    seed: int = 0,
+) -> Float[Tensor, " k"]:
+    """Return R^2 on (z, y) of what an attentive probe of (fit_z, fit_y) reads, by target."""
+    mean, std = fit_y.mean(0), fit_y.std(0).clamp(min=1e-6)
+    target = ((fit_y - mean) / std).to(fit_z)
+    read = _fit_attentive(
+        fit_z, target, len(mean), F.mse_loss, heads=heads, epochs=epochs, seed=seed
+    )
+    error = y - (read(z).to(y) * std + mean)
+    return 1 - error.square().sum(0) / (y - y.mean(0)).square().sum(0)
+
+
+def _fit_attentive(
+    fit_z: Float[Tensor, "n l d"],
+    target: Tensor,
+    outputs: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    heads: int,
+    epochs: int,
+    seed: int,
+    lr: float = 1e-3,
+    batch_size: int = 64,
+) -> Callable[[Tensor], Tensor]:
+    """Train a probe by AdamW with a cosine, and return it as a function of tokens.
+
+    Tokens are standardised by those of `fit_z`.
     """
     mean, std = fit_z.mean((0, 1)), fit_z.std((0, 1)).clamp(min=1e-6)
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        probe = AttentiveProbe(fit_z.shape[2], int(fit_y.max()) + 1, heads=heads).to(fit_z.device)
+        probe = AttentiveProbe(fit_z.shape[2], outputs, heads=heads).to(fit_z.device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=1e-2)
     steps = epochs * -(-len(fit_z) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         for index in torch.randperm(len(fit_z), generator=random).split(batch_size):
-            scores = probe((fit_z[index] - mean) / std)
             optimizer.zero_grad()
-            F.cross_entropy(scores, fit_y[index]).backward()
+            loss(probe((fit_z[index] - mean) / std), target[index]).backward()
             optimizer.step()
             schedule.step()
-    with torch.no_grad():
-        return torch.cat([probe((part - mean) / std).argmax(1) for part in z.split(500)])
+
+    @torch.no_grad()
+    def read(z: Tensor) -> Tensor:
+        return torch.cat([probe((part - mean) / std) for part in z.split(500)])
+
+    return read
 
 
 def linear_probe(

@@ -5,6 +5,7 @@ import torch
 from jepa_world.encoders.conv import ConvEncoder
 from jepa_world.encoders.vit import ViTEncoder
 from jepa_world.probes import (
+    attentive_r2,
     collapse_report,
     effective_rank,
     few_shot,
@@ -181,3 +182,16 @@ def test_a_read_out_of_features_of_which_some_are_dead_or_double_is_that_of_the_
     found, expected = (linear_probe_r2(x[:200], y[:200], x[200:], y[200:]) for x in (spoiled, z))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
     assert found[0] == pytest.approx(1) and 0.2 < found[1] < 0.9
+
+
+def test_an_attentive_read_out_finds_the_token_that_holds_the_number():
+    """The mean token says little: other tokens hold numbers too, of which nothing is asked."""
+    z, each = normal(1300, 4, 8), torch.arange(1300)
+    z[..., 0] = 0.0
+    z[each, each % 4, 0] = 3.0
+    y = z[each, each % 4, 1:3].double()
+    sets = z[:1200], y[:1200], z[1200:], y[1200:]
+    assert (attentive_r2(*sets, heads=1, epochs=40) > 0.7).all()
+    assert (linear_probe_r2(*(x.mean(1) if x.ndim == 3 else x for x in sets)) < 0.5).all()
+    assert torch.equal(attentive_r2(*sets, epochs=1), attentive_r2(*sets, epochs=1))
+    assert (attentive_r2(sets[0].flip(0), *sets[1:], epochs=1) < 0.1).all()

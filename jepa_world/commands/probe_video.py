@@ -1,14 +1,12 @@
 """Judge frozen video encoders: what their tokens tell of labels, and whether order matters."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +19,7 @@ from jepa_world.data.augmentation import Augmentation
 from jepa_world.data.clips import Clips
 from jepa_world.evaluation import Rate
 from jepa_world.methods.supervised import Supervised
-from jepa_world.probes import attentive_probe, clip_tokens, factor_r2, knn_probe, linear_probe
+from jepa_world.probes import attentive_probe, attentive_r2, clip_tokens, knn_probe, linear_probe
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.training import Training, make_accelerator, train
@@ -96,7 +94,7 @@ def run(config: ProbeVideo) -> None:
             )
     for factor, rows in results.items():
         print_rows(factor, rows)
-    r2 = values_by_encoder(known, fit, training, pixels, test)
+    r2 = values_by_encoder(known, fit, training, pixels, test, config)
     for name, row in r2.items():
         print(f"R^2 from {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
     counts = {"judged_on": len(test), "fitted_on": len(training)}
@@ -127,20 +125,30 @@ def judge(
 
 
 def values_by_encoder(
-    known: dict[str, Any], fit: Pixels, training: Clips, pixels: Pixels, test: Clips
+    known: dict[str, Any],
+    fit: Pixels,
+    training: Clips,
+    pixels: Pixels,
+    test: Clips,
+    config: ProbeVideo,
 ) -> dict[str, dict[str, float]]:
-    """Return R^2 of every number by a linear read-out: of the last raw frame, and of encoders.
+    """Return R^2 of every number by an attentive probe of an encoder's tokens.
 
-    An encoder is read as the mean tokens of its time steps, one behind the other.
+    Of clips, and of clips whose last frame stands still: what one frame gives.
     """
     if not training.values:
         return {}
-    features = {"the last frame": lambda clips: _raw(clips[:, -1:])}
-    features |= {name: partial(_steps, encoder) for name, encoder in known.items()}
-    return {
-        name: factor_r2(read(fit), training.values, read(pixels), test.values)
-        for name, read in features.items()
-    }
+    fit_y, y = (
+        torch.from_numpy(np.concatenate([clips.values[name] for name in training.values], 1))
+        for clips in (training, test)
+    )
+    rows: dict[str, dict[str, float]] = {}
+    for name, encoder in known.items():
+        for seen, view in (("", np.asarray), (", the last frame alone", still)):
+            sets = clip_tokens(encoder, view(fit)), fit_y, clip_tokens(encoder, view(pixels)), y
+            r2 = attentive_r2(*sets, seed=config.seed).tolist()
+            rows[name + seen] = {k: round(v, 4) for k, v in zip(training.values, r2, strict=True)}
+    return rows
 
 
 def plain_rows(
@@ -207,6 +215,11 @@ def shuffled(pixels: Pixels, seed: int) -> Pixels:
     return np.take_along_axis(pixels, order[:, :, None, None, None], 1)
 
 
+def still(pixels: Pixels) -> Pixels:
+    """Return clips of the last frame of each, which stands still."""
+    return np.repeat(pixels[:, -1:], pixels.shape[1], 1)
+
+
 def rate(predicted: Tensor, truth: Tensor) -> dict[str, Any]:
     """Return the share of right predictions, with Wilson's interval."""
     return asdict(Rate.of((predicted == truth).tolist()))
@@ -228,11 +241,6 @@ def print_rows(factor: str, rows: dict[str, dict[str, Any]]) -> None:
 def _raw(pixels: Pixels) -> Float[Tensor, "n d"]:
     grey = torch.from_numpy(pixels).float().mean(-1)
     return F.adaptive_avg_pool2d(grey, pixels.shape[2] // 4).flatten(1) / 255
-
-
-def _steps(encoder: Any, pixels: Pixels) -> Float[Tensor, "n d"]:
-    steps = rearrange(clip_tokens(encoder, pixels), "n (t l) d -> n t l d", l=encoder.num_tokens)
-    return steps.mean(2).flatten(1)
 
 
 def _mean_frame(pixels: Pixels) -> Float[Tensor, "n d"]:
