@@ -197,14 +197,20 @@ def changed(name, row, value):
     [
         (changed("action", (6, 1), np.nan), "action is not finite in episode 1, row 1"),
         (changed("state", 17, np.inf), "state is not finite in episode 3, row 0"),
-        ({"action": None}, "no column 'action'; columns there: ep_len, ep_offset, pixels, state"),
-        ({"ep_len": None}, "no column 'ep_len'"),
-        ({"ep_len": np.array([5, 9, 3])}, "pixels has 24 rows, ep_len sums to 17"),
-        ({"action": np.zeros((23, 2))}, "action has 23 rows, ep_len sums to 24"),
+        ({"action": None}, "no column 'action'; columns there: pixels, state"),
+        ({"ep_len": None}, "HDF5 of no layout known here: it has action, .*; expected ep_len"),
+        (
+            {"ep_len": np.array([5, 9, 3]), "ep_offset": None},
+            "action has 24 rows, its episodes 17 frames",
+        ),
+        ({"action": np.zeros((23, 2))}, "action has 23 rows, its episodes 24 frames"),
         ({"ep_len": np.array([5, 9, 0, 10])}, "episode 2 has no frames"),
         ({"ep_len": np.zeros(0, int)}, "has no episodes"),
         ({"ep_offset": np.array([0, 6, 14, 17])}, "ep_offset does not follow from ep_len"),
-        ({"pixels": np.zeros((24, 8, 8, 3))}, "pixels are float64 .*, expected bytes"),
+        (
+            {"pixels": np.zeros((24, 8, 8, 3))},
+            "no column of pictures, which are bytes .*; columns there: action, pixels, state",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, columns, message):
@@ -237,11 +243,11 @@ def test_missing_and_empty_folders_are_refused(tmp_path):
 
 def test_an_unfinished_collection_is_refused(store):
     (store / "dataset.yaml").write_text(yaml.safe_dump({"settings": {"episodes": 9}}))
-    with pytest.raises(UserError, match="4 of 9 episodes: an interrupted collection"):
+    with pytest.raises(UserError, match="4 of 9 episodes: an interrupted command"):
         Trajectories(store)
     for shard in store.glob("*.h5"):
         shard.unlink()
-    with pytest.raises(UserError, match="0 of 9 episodes: an interrupted collection"):
+    with pytest.raises(UserError, match="0 of 9 episodes: an interrupted command"):
         Trajectories(store)
 
 

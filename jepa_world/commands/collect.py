@@ -12,19 +12,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
-import yaml
 from jaxtyping import Float32
-from tqdm import tqdm
 
 import jepa_world
 from jepa_world import envs
-from jepa_world.data.trajectories import Trajectories, write_shard
+from jepa_world.data.trajectories import Trajectories, is_complete, write_store
 from jepa_world.processes import map_in_processes
 from jepa_world.registry import UserError
 
@@ -85,7 +82,7 @@ def collect(config: Collect) -> Path:
     settings = {key: value for key, value in vars(config).items() if key not in _NOT_SETTINGS}
     settings["env"] = envs.SHORT_NAMES.get(config.env, config.env)
     try:
-        if _is_complete(folder, settings):
+        if is_complete(folder, settings, _versions()):
             return folder
         _check_env(_kept_env(config), config.env)
         description = {
@@ -93,11 +90,7 @@ def collect(config: Collect) -> Path:
             "policy": "ornstein-uhlenbeck",
             "versions": _versions(),
         }
-        _write_yaml(folder, description)
-        _write_shards(folder, config)
-        data = Trajectories(folder)
-        action = {"mean": data.action_mean.tolist(), "std": data.action_std.tolist()}
-        _write_yaml(folder, description | {"action": action})
+        write_store(folder, description, partial(_play_all, config), doing="collecting")
     except envs.EnvError as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -177,57 +170,8 @@ def _check_values(config: Collect) -> None:
         )
 
 
-def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
-    """Say whether the dataset is there whole; refuse a folder that holds something else."""
-    file = folder / "dataset.yaml"
-    if not file.is_file():
-        if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
-            raise UserError(f"{folder} holds other files and no dataset.yaml: give an empty folder")
-        return False
-    found = yaml.safe_load(file.read_text())
-    if not isinstance(found, dict) or "settings" not in found:
-        raise UserError(f"{file} is no description of a dataset: give an empty folder")
-    for name in sorted({*settings, *found["settings"]}):
-        there, asked = found["settings"].get(name), settings.get(name)
-        if there != asked:
-            raise UserError(f"{folder} holds a dataset with {name} {there!r}, not {asked!r}")
-    if "action" not in found and found["versions"] != _versions():
-        raise UserError(
-            f"{folder} was begun with {found['versions']}, here is {_versions()}: delete it, or "
-            "finish it with those versions"
-        )
-    return "action" in found
-
-
 def _versions() -> dict[str, str]:
     return {"jepa_world": jepa_world.__version__, "mujoco": version("mujoco")}
-
-
-def _write_yaml(folder: Path, description: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial_file = folder / "dataset.yaml.partial"
-    partial_file.write_text(yaml.safe_dump(description, sort_keys=False))
-    partial_file.replace(folder / "dataset.yaml")
-
-
-def _write_shards(folder: Path, config: Collect) -> None:
-    """Collect the shards that are not there yet."""
-    size = config.shard_episodes
-    ranges = {
-        folder / f"shard-{first // size:05d}.h5": range(first, min(first + size, config.episodes))
-        for first in range(0, config.episodes, size)
-    }
-    todo = {path: indices for path, indices in ranges.items() if not path.exists()}
-    wanted = [index for indices in todo.values() for index in indices]
-    done = config.episodes - len(wanted)
-    episodes = _play_all(config, wanted)
-    with tqdm(desc="collecting", total=config.episodes, initial=done, unit="episode") as progress:
-        for path, indices in todo.items():
-            shard = []
-            for episode in islice(episodes, len(indices)):
-                shard.append(episode)
-                progress.update()
-            write_shard(path, shard, jpeg=config.jpeg)
 
 
 def _play_all(config: Collect, indices: list[int]) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
-from jepa_world.data.trajectories import Trajectories
+from jepa_world.data.trajectories import Columns, Trajectories
 from jepa_world.methods.vjepa2_ac import VJEPA2AC
 from jepa_world.methods.world_model import WorldModel, build_parts
 from jepa_world.probes import linear_probe_r2
@@ -31,7 +31,9 @@ class TrainWorldModel(Training):
     """
 
     data: Path = Path("data/reach")
-    """Dataset: a folder of shards that collect.py made, or a foreign .h5 file."""
+    """Dataset: a folder of shards that collect.py made, or one in a layout of docs/datasets.md."""
+    columns: Columns = Columns()
+    """Which columns of a dataset of others are the pictures and the actions."""
     encoder: Part = Part("conv")
     """Maps frames to latents."""
     predictor: Part = Part("mlp")
@@ -63,7 +65,9 @@ def run(config: TrainWorldModel) -> None:
     if accelerator.is_main_process and config.data == Path("data/reach"):
         collect_default(config.data)
     accelerator.wait_for_everyone()
-    training, held_out = Trajectories(config.data).split(0.05)
+    named = config.columns
+    data = Trajectories(config.data, pixels=named.pixels, action=named.action)
+    training, held_out = data.split(0.05)
 
     torch.manual_seed(config.seed)
     description = {
@@ -93,6 +97,7 @@ def run(config: TrainWorldModel) -> None:
         method = VJEPA2AC(encoder, predictor, rollout=min(2, config.frames - 1))
     windows = training.windows(config.frames)
     begin(made, config, description, len(windows), accelerator)
+    accelerator.print(data.origin)
     accelerator.print(
         f"{training.num_episodes} episodes, {sum(p.numel() for p in method.parameters()):,} "
         f"parameters, {accelerator.num_processes} process(es) on {accelerator.device.type}"
