@@ -1,4 +1,7 @@
-"""Pictures of features: what patch tokens tell apart, and which images lie near each other."""
+"""Pictures of features: what patch tokens tell apart, which images are near; of episodes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -124,6 +127,38 @@ def neighbour_picture(
             _show(axis, shown)
     axes[0, 0].set_title("query", fontsize=9)
     axes[0, 1].set_title("nearest", fontsize=9)
+    return figure
+
+
+class Strip(NamedTuple):
+    """Frames of an episode, and which ones they are."""
+
+    title: str
+    steps: list[int]
+    frames: UInt8[np.ndarray, "t hh ww c"]
+
+
+def contact_sheet(strips: Sequence[Strip]) -> Figure:
+    """Draw episodes in rows; of more than three channels the first three."""
+    height, width = strips[0].frames.shape[1:3]
+    most = max(len(strip.steps) for strip in strips)
+    cell = 1.5 * height / width + 0.25
+    figure = Figure(figsize=(1.5 * most + 0.9, cell * len(strips)), layout="constrained")
+    axes = figure.subplots(len(strips), most, squeeze=False)
+    for row, strip in zip(axes, strips, strict=True):
+        for axis in row[len(strip.steps) :]:
+            axis.axis("off")
+        for axis, step, frame in zip(row, strip.steps, strip.frames, strict=False):
+            _show(axis, frame[..., :3] if frame.shape[-1] > 2 else frame[..., :1])
+            axis.set_title(f"{step}", fontsize=7, pad=2)
+        row[0].annotate(
+            strip.title,
+            (-0.08, 0.5),
+            xycoords="axes fraction",
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
     return figure
 
 

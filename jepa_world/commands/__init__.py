@@ -21,6 +21,7 @@ COMMANDS = {
     "probe": "Probe",
     "probe_video": "ProbeVideo",
     "prepare_video": "PrepareVideo",
+    "inspect": "Inspect",
 }
 
 
