@@ -22,6 +22,7 @@ COMMANDS = {
     "probe_video": "ProbeVideo",
     "prepare_video": "PrepareVideo",
     "inspect": "Inspect",
+    "convert": "Convert",
 }
 
 
