@@ -1,6 +1,7 @@
 """Building blocks shared by encoders, predictors and methods."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -351,6 +352,36 @@ class AdaLNBlock(nn.Module):
         x = x + gate1 * self.dropout(y)
         y = self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
         return x + gate2 * self.dropout(y)
+
+
+Window = Callable[[Float[Tensor, "b k n d"], Float[Tensor, "b k c"]], Float[Tensor, "b k n d"]]
+"""Predict the next latent of each of k steps, from these steps and their conditions alone."""
+
+
+def slide_window(
+    window: Window, history: int, z: Float[Tensor, "b t n d"], condition: Float[Tensor, "b t c"]
+) -> Float[Tensor, "b t n d"]:
+    """Return the next latent of every step, predicted from the last `history` steps only."""
+    first = window(z[:, :history], condition[:, :history])
+    if z.shape[1] <= history:
+        return first
+    later = window(
+        rearrange(z[:, 1:].unfold(1, history, 1), "b t n d k -> (b t) k n d"),
+        rearrange(condition[:, 1:].unfold(1, history, 1), "b t c k -> (b t) k c"),
+    )
+    later = rearrange(later[:, -1], "(b t) n d -> b t n d", b=len(z))
+    return torch.cat([first, later], 1)
+
+
+def roll_window(
+    window: Window, history: int, z: Float[Tensor, "b t n d"], condition: Float[Tensor, "b u c"]
+) -> Float[Tensor, "b h n d"]:
+    """Return the h = u - t + 1 latents after z, predictions fed back; one window for each."""
+    known = z.shape[1]
+    for step in range(known, condition.shape[1] + 1):
+        seen = slice(max(0, step - history), step)
+        z = torch.cat([z, window(z[:, seen], condition[:, seen])[:, -1:]], 1)
+    return z[:, known:]
 
 
 class Projector(nn.Sequential):

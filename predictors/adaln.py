@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jepa_world.nn import AdaLNBlock
+from jepa_world.nn import AdaLNBlock, roll_window, slide_window
 
 
 class AdaLNPredictor(nn.Module):
@@ -68,30 +68,13 @@ class AdaLNPredictor(nn.Module):
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b t a"]
     ) -> Float[Tensor, "b t n d"]:
         """Return the next latent of every step."""
-        modulation = self.modulation(action)
-        first = self._window(z[:, : self.history], modulation[:, : self.history])
-        if z.shape[1] <= self.history:
-            return first
-        windows = z[:, 1:].unfold(1, self.history, 1)
-        modulations = modulation[:, 1:].unfold(1, self.history, 1)
-        later = self._window(
-            rearrange(windows, "b t n d k -> (b t) k n d"),
-            rearrange(modulations, "b t m k -> (b t) k m"),
-        )
-        later = rearrange(later[:, -1], "(b t) n d -> b t n d", b=len(z))
-        return torch.cat([first, later], 1)
+        return slide_window(self._window, self.history, z, self.modulation(action))
 
     def rollout(
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
     ) -> Float[Tensor, "b h n d"]:
         """Return the h = u - t + 1 latents after z; a step computes its last window only."""
-        modulation = self.modulation(action)
-        known = z.shape[1]
-        for step in range(known, action.shape[1] + 1):
-            window = slice(max(0, step - self.history), step)
-            following = self._window(z[:, window], modulation[:, window])[:, -1:]
-            z = torch.cat([z, following], 1)
-        return z[:, known:]
+        return roll_window(self._window, self.history, z, self.modulation(action))
 
     def _window(self, z: Tensor, modulation: Tensor) -> Tensor:
         """Predict from at most `history` steps `(b k n d)`, modulated by their actions."""
