@@ -94,6 +94,22 @@ class FastRollout(Protocol):
 
 
 @runtime_checkable
+class PrefixRollout(Protocol):
+    """A predictor may offer this in place of `FastRollout`: latents far ahead, not step by step.
+
+    The latent k steps ahead is predicted from z and the first k actions. It is not the number that
+    feeding predictions back gives, except for k = 1, and has to be trained. Where it is offered,
+    training and planning roll out by it.
+    """
+
+    def rollout_prefixes(
+        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
+    ) -> Float[Tensor, "b h n d"]:
+        """Return the h = u - t + 1 latents after z; actions 0..t-1 belong to the steps of z."""
+        ...
+
+
+@runtime_checkable
 class Planner(Protocol):
     """Minimise a cost over actions: `MyPlanner(low, high, horizon, *, ...)`.
 

@@ -17,7 +17,7 @@ from gymnasium.utils import env_checker
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jepa_world.interfaces import Encoder, FastRollout, Planner, SimulatorEnv
+from jepa_world.interfaces import Encoder, FastRollout, Planner, PrefixRollout, SimulatorEnv
 from jepa_world.registry import UserError
 
 
@@ -59,9 +59,10 @@ def check_predictor(
     """Check a predictor of latents `(b t n d)` under actions `(b t a)`.
 
     Shape, finite and repeatable outputs, no look into the future, samples that do not depend on
-    each other in evaluation mode, gradients for latents, actions and all parameters, and a
-    `rollout`, if there is one, that equals step-by-step calls. Parameters are shaken a little
-    first: a predictor that starts as a copy of the latent would pass everything.
+    each other in evaluation mode, gradients for latents, actions and all parameters. A `rollout`,
+    if there is one, equals step-by-step calls; `rollout_prefixes` equals one call for the first
+    step, and sees for every step the actions up to it and no further. Parameters are shaken a
+    little first: a predictor that starts as a copy of the latent would pass everything.
 
     Raises:
         ContractError: naming the promise that was broken.
@@ -81,6 +82,8 @@ def check_predictor(
         _check_causal(probe, z, action, following)
         if isinstance(probe, FastRollout):
             _check_rollout(probe, probe, z[:, :2], action)
+        if isinstance(probe, PrefixRollout):
+            _check_prefixes(probe, probe, z[:, :2], action)
         inputs = {"latent": z, "action": action}
         _check_gradients("predictor", probe, inputs, needed=("latent", "action"))
 
@@ -323,12 +326,18 @@ def _check_causal(predictor: nn.Module, z: Tensor, action: Tensor, following: Te
             )
 
 
-def _check_rollout(fast: FastRollout, predictor: nn.Module, z: Tensor, action: Tensor) -> None:
-    known, horizon = z.shape[1], action.shape[1] - z.shape[1] + 1
-    future = _call("predictor.rollout", fast.rollout, z, action)
-    expected = (len(z), horizon, *z.shape[2:])
+def _roll(
+    name: str, rollout: Callable[[Tensor, Tensor], Tensor], z: Tensor, action: Tensor
+) -> Tensor:
+    future = _call(name, rollout, z, action)
+    expected = (len(z), action.shape[1] - z.shape[1] + 1, *z.shape[2:])
     promise = "one latent for every action from the last known step on"
-    future = _check_tensor("predictor.rollout", future, expected, promise)
+    return _check_tensor(name, future, expected, promise)
+
+
+def _check_rollout(fast: FastRollout, predictor: nn.Module, z: Tensor, action: Tensor) -> None:
+    known = z.shape[1]
+    future = _roll("predictor.rollout", fast.rollout, z, action)
     for step in range(known, action.shape[1] + 1):
         z = torch.cat([z, predictor(z, action[:, :step])[:, -1:]], 1)
     gap = _gap(future, z[:, known:])
@@ -337,6 +346,24 @@ def _check_rollout(fast: FastRollout, predictor: nn.Module, z: Tensor, action: T
         raise ContractError(
             f"predictor.rollout differs from calling it step by step at step {step}"
         )
+
+
+def _check_prefixes(prefix: PrefixRollout, predictor: nn.Module, z: Tensor, action: Tensor) -> None:
+    name, known = "predictor.rollout_prefixes", z.shape[1]
+    future = _roll(name, prefix.rollout_prefixes, z, action)
+    following = predictor(z, action[:, :known])[:, -1:]
+    if bool(_gap(future[:, :1], following).any()):
+        raise ContractError(f"{name} differs from calling the predictor at step 1")
+    for step in range(1, future.shape[1]):
+        changed = action.clone()
+        changed[:, known - 1 + step] += 1
+        moved = _gap(_roll(name, prefix.rollout_prefixes, z, changed), future).any(0)
+        if bool(moved[:step].any()):
+            early = int(moved.nonzero()[0]) + 1
+            raise ContractError(f"{name} shows an action of step {step + 1} at step {early}")
+        if not bool(moved[step:].all()):
+            late = step + 1 + int((~moved[step:]).nonzero()[0])
+            raise ContractError(f"{name} ignores the action of step {step + 1} at step {late}")
 
 
 def _check_gradients(

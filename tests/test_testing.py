@@ -115,6 +115,53 @@ def test_broken_predictor_is_told_its_promise(predictor, promise):
         check_predictor(predictor(), 4, 2)
 
 
+class MyPrefix(MyPredictor):
+    """A right one: a latent k steps ahead has moved by the sum of the first k actions."""
+
+    def rollout_prefixes(self, z, action):
+        prefix = action[:, z.shape[1] - 1 :].cumsum(1)
+        return self(z[:, -1:].expand(-1, prefix.shape[1], -1, -1), prefix)
+
+
+class PrefixOfOldLatent(MyPrefix):
+    def rollout_prefixes(self, z, action):
+        return super().rollout_prefixes(z[:, :1].expand_as(z), action)
+
+
+class PrefixOfWholePlan(MyPrefix):
+    def rollout_prefixes(self, z, action):
+        future = super().rollout_prefixes(z, action)
+        return torch.cat([future[:, :1], future[:, -1:].expand_as(future[:, 1:])], 1)
+
+
+class PrefixOfLastAction(MyPrefix):
+    def rollout_prefixes(self, z, action):
+        known = z.shape[1]
+        return self(
+            z[:, -1:].expand(-1, action.shape[1] - known + 1, -1, -1), action[:, known - 1 :]
+        )
+
+
+class PrefixTooShort(MyPrefix):
+    def rollout_prefixes(self, z, action):
+        return super().rollout_prefixes(z, action)[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("predictor", "promise"),
+    [
+        (PrefixOfOldLatent, "rollout_prefixes differs from calling the predictor at step 1"),
+        (PrefixOfWholePlan, "rollout_prefixes shows an action of step 3 at step 2"),
+        (PrefixOfLastAction, "rollout_prefixes ignores the action of step 2 at step 3"),
+        (PrefixTooShort, "rollout_prefixes returned (3, 3, 1, 4), expected (3, 4, 1, 4)"),
+    ],
+)
+def test_broken_prefix_rollout_is_told_its_promise(predictor, promise):
+    check_predictor(MyPrefix(), 4, 2)
+    with pytest.raises(ContractError, match=re.escape(promise)):
+        check_predictor(predictor(), 4, 2)
+
+
 @torch.inference_mode()
 def test_check_works_in_inference_mode():
     check_predictor(MyPredictor(), 4, 2)
