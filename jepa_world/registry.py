@@ -19,6 +19,9 @@ PARTS: dict[str, dict[str, str]] = {
         "mlp": "jepa_world.predictors.mlp:MLPPredictor",
         "adaln": "jepa_world.predictors.adaln:AdaLNPredictor",
         "block_causal": "jepa_world.predictors.block_causal:BlockCausalPredictor",
+        "concat": "jepa_world.predictors.concat:ConcatPredictor",
+        "gru": "jepa_world.predictors.gru:GRUPredictor",
+        "prefix": "jepa_world.predictors.prefix:PrefixPredictor",
     },
     "masked_predictor": {
         "transformer": "jepa_world.predictors.masked:MaskedTransformer",

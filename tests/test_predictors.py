@@ -3,8 +3,11 @@ import torch
 
 from jepa_world.predictors.adaln import AdaLNPredictor
 from jepa_world.predictors.block_causal import BlockCausalPredictor
+from jepa_world.predictors.concat import ConcatPredictor
+from jepa_world.predictors.gru import GRUPredictor
 from jepa_world.predictors.masked import MaskedTransformer
 from jepa_world.predictors.mlp import MLPPredictor
+from jepa_world.predictors.prefix import PrefixPredictor
 from jepa_world.testing import check_masked_predictor, check_predictor
 
 PREDICTORS = {
@@ -16,8 +19,19 @@ PREDICTORS = {
     "block_causal-normalised": lambda: BlockCausalPredictor(
         8, 2, width=16, depth=1, heads=1, normalise=True
     ),
+    "concat": lambda: ConcatPredictor(8, 2, width=32, depth=2, heads=2),
+    "concat-dropout": lambda: ConcatPredictor(8, 2, width=32, depth=1, heads=2, dropout=0.1),
+    "gru": lambda: GRUPredictor(8, 2, width=16),
+    "gru-deep": lambda: GRUPredictor(8, 2, width=16, depth=2),
 }
-every_predictor = pytest.mark.parametrize("build", PREDICTORS.values(), ids=PREDICTORS)
+PREFIX = {
+    "prefix": lambda: PrefixPredictor(8, 2, width=32, depth=2, heads=2),
+    "prefix-long": lambda: PrefixPredictor(8, 2, width=32, depth=1, heads=2, span=10),
+    "prefix-step": lambda: PrefixPredictor(8, 2, width=32, depth=1, heads=2, span=1),
+}
+ALL = PREDICTORS | PREFIX
+every_predictor = pytest.mark.parametrize("build", ALL.values(), ids=ALL)
+with_rollout = pytest.mark.parametrize("build", PREDICTORS.values(), ids=PREDICTORS)
 
 
 def shaken(predictor):
@@ -35,14 +49,14 @@ def test_predictor_keeps_its_contract(build, num_tokens):
     check_predictor(build(), 8, 2, num_tokens=num_tokens)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp-deep", "adaln", "adaln-dropout"])
+@pytest.mark.parametrize("name", sorted(name for name in ALL if "block_causal" not in name))
 def test_predictor_starts_as_a_copy(name):
-    build = PREDICTORS[name]
+    build = ALL[name]
     z = torch.randn(2, 4, 1, 8)
     assert torch.equal(build()(z, torch.randn(2, 4, 2)), z)
 
 
-@every_predictor
+@with_rollout
 @pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize("known", [1, 2, 5])
 def test_rollout_equals_step_by_step_calls(build, known, num_tokens):
@@ -57,8 +71,12 @@ def test_rollout_equals_step_by_step_calls(build, known, num_tokens):
 
 @pytest.mark.parametrize(
     "predictor",
-    [MLPPredictor(8, 2, history=2), AdaLNPredictor(8, 2, width=32, depth=3, history=2)],
-    ids=["mlp", "adaln"],
+    [
+        MLPPredictor(8, 2, history=2),
+        AdaLNPredictor(8, 2, width=32, depth=3, history=2),
+        ConcatPredictor(8, 2, width=32, depth=3, history=2),
+    ],
+    ids=["mlp", "adaln", "concat"],
 )
 def test_only_the_history_is_seen(predictor):
     predictor = shaken(predictor)
@@ -80,16 +98,52 @@ def test_tokens_of_a_step_see_each_other_but_mlp_tokens_do_not():
     z, action = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2)
     changed = z.clone()
     changed[:, :, 1] += 1.0
-    for name, sees in (("mlp", False), ("adaln", True), ("block_causal", True)):
-        predictor = shaken(PREDICTORS[name]())
+    sees_others = {"mlp": False, "gru": False, "adaln": True, "block_causal": True}
+    for name, sees in (sees_others | {"concat": True, "prefix": True}).items():
+        predictor = shaken(ALL[name]())
         gap = (predictor(changed, action) - predictor(z, action))[0, 0, 0].abs().sum()
         assert bool(gap > 1e-4) == sees
 
 
-@pytest.mark.parametrize("name", ["mlp", "adaln", "block_causal"])
+@pytest.mark.parametrize("known", [1, 3])
+@pytest.mark.parametrize("span", [1, 2, 10])
+def test_prefixes_are_predicted_from_the_last_latent_span_by_span(span, known):
+    predictor = shaken(PrefixPredictor(8, 2, width=32, depth=2, heads=2, span=span))
+    z, action = torch.randn(2, known, 3, 8), torch.randn(2, known + 4, 2)
+    found = predictor.rollout_prefixes(z, action)
+    assert found.shape == (2, 5, 3, 8)
+    present = z[:, -1:]
+    for step in range(5):
+        begin, inside = step // span * span, step % span
+        start = present if begin == 0 else found[:, begin - 1 : begin]
+        prefix = action[:, known - 1 + begin : known + begin + inside]
+        alone = predictor.rollout_prefixes(start, prefix)[:, -1]
+        torch.testing.assert_close(found[:, step], alone)
+
+
+def test_a_prefix_is_not_its_steps_one_by_one():
+    predictor = shaken(PrefixPredictor(8, 2, width=32, depth=2, heads=2, span=5))
+    z, action = torch.randn(2, 1, 1, 8), torch.randn(2, 3, 2)
+    at_once, stepwise = predictor.rollout_prefixes(z, action), z
+    for step in range(3):
+        stepwise = torch.cat([stepwise, predictor(stepwise, action[:, : step + 1])[:, -1:]], 1)
+    torch.testing.assert_close(at_once[:, :1], stepwise[:, 1:2])
+    assert not torch.allclose(at_once[:, 1:], stepwise[:, 2:], atol=0.01)
+
+
+def test_a_recurrent_state_remembers_what_a_short_window_forgets():
+    z, action = torch.randn(1, 9, 1, 8), torch.randn(1, 9, 2)
+    other = torch.cat([z[:, :1] + 1, z[:, 1:]], 1)
+    for name, remembers in (("gru", True), ("adaln", False), ("concat", False)):
+        predictor = shaken(ALL[name]())
+        gap = (predictor(other, action) - predictor(z, action))[:, -1].abs().sum()
+        assert bool(gap > 1e-5) == remembers, name
+
+
+@pytest.mark.parametrize("name", ["mlp", "adaln", "block_causal", "concat", "gru", "prefix"])
 def test_predictor_learns_linear_dynamics(name):
     torch.manual_seed(0)
-    predictor = PREDICTORS[name]()
+    predictor = ALL[name]()
     turn, push = torch.linalg.qr(torch.randn(8, 8))[0], torch.randn(2, 8)
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=1e-2)
     errors = []
