@@ -19,7 +19,8 @@ from jepa_world.data.clips import Clips, hold_out, load_clips
 from jepa_world.data.images import Images, load_images
 from jepa_world.data.motion import letters, write_motion_clips
 from jepa_world.interfaces import Encoder
-from jepa_world.methods.ijepa import IJEPA, Distance, TeacherIJEPA
+from jepa_world.losses import Distance
+from jepa_world.methods.ijepa import IJEPA, TeacherIJEPA
 from jepa_world.methods.vjepa import MaskKind, build_vjepa
 from jepa_world.pictures import clip_picture, tube_picture
 from jepa_world.probes import attentive_probe, clip_features, clip_tokens, knn_probe

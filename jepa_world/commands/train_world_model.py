@@ -14,13 +14,26 @@ from jepa_world.commands import use_one_thread
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Columns, Trajectories
+from jepa_world.losses import Distance
 from jepa_world.methods.vjepa2_ac import VJEPA2AC
 from jepa_world.methods.world_model import WorldModel, build_parts
 from jepa_world.probes import linear_probe_r2
+from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.sigreg import SIGReg
 from jepa_world.testing import check_encoder, check_predictor
 from jepa_world.training import Training, begin, make_accelerator, train
+
+
+@dataclass(frozen=True)
+class PredictFlags:
+    """How far ahead latents are predicted, and how the error is measured."""
+
+    open_loop: int | None = None
+    """Steps predicted before the true latent is given again: the whole window if not given, 1 for
+    teacher forcing. With --frozen: steps of the rollout beside teacher forcing, 2 if not given."""
+    distance: Distance | None = None
+    """Between latents predicted and latents that came: l2, with --frozen l1, if not given."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class TrainWorldModel(Training):
     V-JEPA 2-AC. `--encoder FOLDER` is short for it and the encoder's options."""
     frames: int = 4
     """Frames of a training window; the first is encoded, the others are predicted open loop."""
+    predict: PredictFlags = PredictFlags()
+    """How far ahead latents are predicted, and how the error is measured."""
     sigreg_weight: float = 0.1
     """Weight of SIGReg against the prediction error at the start: makes latents hold much."""
     final_sigreg_weight: float = 0.002
@@ -60,6 +75,7 @@ def run(config: TrainWorldModel) -> None:
     use_one_thread()
     require_at_least(config, frames=2, slices=1, steps=1, batch_size=2, log_every=1)
     require_at_least(config, lr=0, weight_decay=0, seed=0, checkpoint_every=1)
+    check_steps_ahead(config)
     made = Run.of("train_world_model", config.run_dir)
     accelerator = make_accelerator(config.precision, config.log_with, made.folder)
     if accelerator.is_main_process and config.data == Path("data/reach"):
@@ -88,13 +104,20 @@ def run(config: TrainWorldModel) -> None:
         weight=config.sigreg_weight,
         final_weight=config.final_sigreg_weight,
         steps=config.steps,
+        open_loop=config.predict.open_loop,
+        distance=config.predict.distance or "l2",
     )
     dim, tokens = model.encoder.dim, model.encoder.num_tokens
     check_predictor(predictor, dim, training.action_dim, num_tokens=tokens)
     method = model
     if config.frozen is not None:
         load_state(encoder, *encoder_weights(find_checkpoint(config.frozen)))
-        method = VJEPA2AC(encoder, predictor, rollout=min(2, config.frames - 1))
+        method = VJEPA2AC(
+            encoder,
+            predictor,
+            rollout=config.predict.open_loop or min(2, config.frames - 1),
+            distance=config.predict.distance or "l1",
+        )
     windows = training.windows(config.frames)
     begin(made, config, description, len(windows), accelerator)
     accelerator.print(data.origin)
@@ -118,6 +141,20 @@ def run(config: TrainWorldModel) -> None:
     )
     if accelerator.is_main_process:
         made.finish({**last, "seed": config.seed})
+
+
+def check_steps_ahead(config: TrainWorldModel) -> None:
+    """Check that a window has the steps that are to be predicted open loop.
+
+    Raises:
+        UserError: no step, or more than the window has.
+    """
+    steps = config.predict.open_loop
+    if steps is not None and not 1 <= steps < config.frames:
+        raise UserError(
+            f"--predict.open-loop is {steps}: give 1 to {config.frames - 1}, the steps in windows "
+            f"of {config.frames} frames"
+        )
 
 
 def collect_default(folder: Path) -> None:

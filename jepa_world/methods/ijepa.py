@@ -15,7 +15,7 @@ An image is a clip of one frame: `methods.vjepa` builds the same two classes for
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from jepa_world.config import part_from_dict
 from jepa_world.data.augmentation import Augmentation, flip_together, random_numbers
 from jepa_world.interfaces import Encoder, MaskedPredictor
+from jepa_world.losses import DISTANCES, Distance
 from jepa_world.masking import Grid, Masks, MultiBlockMasks
 from jepa_world.methods.world_model import Output
 from jepa_world.nn import projection_head, sum_over_processes, take_tokens
@@ -79,12 +80,6 @@ class ForGrid(Protocol):
 
 
 Shape = tuple[int, int, int, int]
-Distance = Literal["l2", "l1", "smooth_l1"]
-DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
-    "l2": F.mse_loss,
-    "l1": F.l1_loss,
-    "smooth_l1": F.smooth_l1_loss,
-}
 
 
 class IJEPA(nn.Module):

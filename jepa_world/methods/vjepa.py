@@ -9,8 +9,9 @@ of the frame until three quarters are hidden, and of .7 until nine tenths are.
 
 from typing import Any, Literal
 
+from jepa_world.losses import DISTANCES
 from jepa_world.masking import Grid, MultiBlockMasks, RandomMasks, TurnsOfMasks
-from jepa_world.methods.ijepa import DISTANCES, IJEPA, DrawMasks, TeacherIJEPA, assemble
+from jepa_world.methods.ijepa import IJEPA, DrawMasks, TeacherIJEPA, assemble
 from jepa_world.registry import UserError
 
 MaskKind = Literal["short", "long", "random"]

@@ -1,11 +1,12 @@
 """An action-conditioned predictor on the latents of a frozen encoder (V-JEPA 2-AC, 2506.09985).
 
-    loss = mean |predict(z_t, a_t) - z_{t+1}| + mean |rollout(z_1, a_1..a_T) - z_{T+1}|
+    loss = mean |predict(z_t, a_t) - z_{t+1}| + mean |rollout(z_1, a_1..a_k) - z_{k+1}|, k = 2..T
 
 Teacher forcing over the whole window, and a rollout of T = 2 steps from its first frame, in which
 the first prediction is fed back, with equal weights (section 3.1). The encoder does not learn, so
 nothing collapses. Latents are layer-normed: encoder and predictor must have `normalise`, where they
-offer it.
+offer it. With T = 1 and squared distances it is the loss of DINO-WM
+(https://arxiv.org/abs/2411.04983).
 """
 
 import torch
@@ -13,7 +14,8 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from jepa_world.interfaces import Encoder
+from jepa_world.interfaces import Encoder, PrefixRollout
+from jepa_world.losses import DISTANCES, Distance
 from jepa_world.methods.world_model import Output
 
 
@@ -27,7 +29,8 @@ class VJEPA2AC(nn.Module):
         encoder: Part that maps video to latents; it is frozen, and stays in evaluation mode.
         predictor: Part that maps latents, actions and, if the batch has them, states to the next
             latents.
-        rollout: Steps T of the rollout.
+        rollout: Steps T of the rollout; 1 leaves teacher forcing alone.
+        distance: Between latents predicted and latents that came.
 
     Example:
         >>> import torch
@@ -41,11 +44,19 @@ class VJEPA2AC(nn.Module):
         ['rollout', 'teacher_forcing']
     """
 
-    def __init__(self, encoder: nn.Module, predictor: nn.Module, *, rollout: int = 2) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        predictor: nn.Module,
+        *,
+        rollout: int = 2,
+        distance: Distance = "l1",
+    ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder.requires_grad_(False).eval()  # type: ignore[assignment]
         self.predictor = predictor
         self.rollout = rollout
+        self.distance: Distance = distance
 
     def train(self, mode: bool = True) -> "VJEPA2AC":
         """Set the mode of the predictor; the encoder's statistics stay as they are."""
@@ -67,18 +78,25 @@ class VJEPA2AC(nn.Module):
         if z.shape[1] <= self.rollout:
             raise ValueError(f"a rollout of {self.rollout} steps in windows of {z.shape[1]} frames")
         given = [batch[name][:, :-1] for name in ("action", "state") if name in batch]
-        forced = self.predictor(z[:, :-1], *given).to(z)
-        fed = torch.cat([z[:, :1], forced[:, :1]], 1)
-        for known in range(2, self.rollout + 1):
-            following = self.predictor(fed, *(x[:, :known] for x in given))[:, -1:].to(z)
-            fed = torch.cat([fed, following], 1)
-        terms = {
-            "teacher_forcing": (forced - z[:, 1:]).abs().mean(),
-            "rollout": (fed[:, self.rollout] - z[:, self.rollout]).abs().mean(),
-        }
+        forced, distance = self.predictor(z[:, :-1], *given).to(z), DISTANCES[self.distance]
+        terms = {"teacher_forcing": distance(forced, z[:, 1:])}
+        if self.rollout > 1:
+            ahead = self._ahead(z[:, :1], forced[:, :1], given)
+            terms["rollout"] = distance(ahead, z[:, 2 : self.rollout + 1])
         latent = rearrange(z, "b t n d -> (b t n) d")
         loss = torch.stack(list(terms.values())).sum()
         return Output(loss, {name: term.detach() for name, term in terms.items()}, latent)
+
+    def _ahead(self, z: Tensor, following: Tensor, given: list[Tensor]) -> Tensor:
+        """Return the latents 2..T steps after the first, of which the next is known already."""
+        if isinstance(self.predictor, PrefixRollout):
+            ahead = self.predictor.rollout_prefixes(z, given[0][:, : self.rollout])
+            return ahead[:, 1:].to(z)
+        fed = torch.cat([z, following], 1)
+        for known in range(2, self.rollout + 1):
+            following = self.predictor(fed, *(x[:, :known] for x in given))[:, -1:].to(z)
+            fed = torch.cat([fed, following], 1)
+        return fed[:, 2:]
 
     @torch.no_grad()
     def encode(self, pixels: UInt8[Tensor, "b t hh ww c"]) -> Float[Tensor, "b t n d"]:

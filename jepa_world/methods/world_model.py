@@ -3,8 +3,9 @@
     loss = mean |predict(z_t, a_t) - z_{t+1}|^2 + weight * SIGReg(z), z = encode(pixels)
 
 No stop-gradient, no EMA teacher, no reconstruction: SIGReg per time step keeps the latents from
-collapsing. The prediction term is open loop over the whole window: every predicted latent is fed
-back, so that errors which would build up while planning are seen in training.
+collapsing. The prediction term is open loop over the whole window, unless true latents are to be
+given on the way: every predicted latent is fed back, so that errors which would build up while
+planning are seen in training.
 """
 
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from jepa_world.checkpoint import find_checkpoint, load_weights, require_trust
 from jepa_world.config import part_from_dict, read_yaml
-from jepa_world.interfaces import Encoder, FastRollout, Predictor
+from jepa_world.interfaces import Encoder, FastRollout, Predictor, PrefixRollout
+from jepa_world.losses import DISTANCES, Distance
 from jepa_world.registry import UserError, class_path
 from jepa_world.sigreg import SIGReg
 
@@ -42,6 +44,9 @@ class WorldModel(nn.Module):
         final_weight: Where the weight falls to, geometrically: a small one leaves them smooth, so
             that they can be predicted and distances mean something. Constant if not given.
         steps: Of training, over which the weight falls.
+        open_loop: Steps predicted before the true latent is given again: 1 is teacher forcing, as
+            in LeWorldModel. The whole window if not given.
+        distance: Between latents predicted and latents that came.
 
     Example:
         >>> import torch
@@ -64,6 +69,8 @@ class WorldModel(nn.Module):
         weight: float,
         final_weight: float | None = None,
         steps: int = 1,
+        open_loop: int | None = None,
+        distance: Distance = "l2",
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
@@ -72,6 +79,8 @@ class WorldModel(nn.Module):
         self.weight = weight
         self.final_weight = weight if final_weight is None else final_weight
         self.steps = steps
+        self.open_loop = open_loop
+        self.distance: Distance = distance
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of windows: `pixels (b t hh ww c)` bytes, `action (b t a)`.
@@ -80,14 +89,28 @@ class WorldModel(nn.Module):
         """
         whole = torch.get_default_dtype()  # out of autocast's half precision
         z = self.encode(batch["pixels"]).to(whole)
-        predicted = self.rollout(z[:, :1], batch["action"][:, :-1]).to(whole)
-        prediction = (predicted - z[:, 1:]).square().mean()
+        predicted = self.predict(z, batch["action"]).to(whole)
+        prediction = DISTANCES[self.distance](predicted, z[:, 1:])
         regulariser = self.sigreg(rearrange(z, "b t n d -> (t n) b d"), step)
         terms = {"prediction": prediction.detach(), "sigreg": regulariser.detach()}
         latent = rearrange(z.detach(), "b t n d -> (b t n) d")
         done = min(1.0, step / self.steps)
         weight = self.weight ** (1 - done) * self.final_weight**done
         return Output(prediction + weight * regulariser, terms, latent)
+
+    def predict(
+        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b t a"]
+    ) -> Float[Tensor, "b t-1 n d"]:
+        """Predict all latents but the first, from the true ones of every `open_loop`-th step."""
+        last = z.shape[1] - 1
+        stretch = self.open_loop or last
+        starts = range(0, last, stretch)
+        ends = (min(start + stretch, last) for start in starts)
+        stretches = [
+            self.rollout(z[:, : start + 1], action[:, :end])
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        return torch.cat(stretches, 1)
 
     def encode(self, pixels: UInt8[Tensor, "b t hh ww c"]) -> Float[Tensor, "b t n d"]:
         """Encode byte frames, channels last as environments and datasets hold them."""
@@ -97,10 +120,12 @@ class WorldModel(nn.Module):
     def rollout(
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
     ) -> Float[Tensor, "b h n d"]:
-        """Predict the h = u - t + 1 latents after `z`, feeding predictions back.
+        """Predict the h = u - t + 1 latents after `z`, in the way that the predictor offers.
 
         Actions 0..t-1 belong to the steps of `z`, the rest to the steps that are predicted.
         """
+        if isinstance(self.predictor, PrefixRollout):
+            return self.predictor.rollout_prefixes(z, action)
         if isinstance(self.predictor, FastRollout):
             return self.predictor.rollout(z, action)
         return rollout(self.predictor, z, action)
