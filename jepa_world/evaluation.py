@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -180,13 +181,26 @@ class RandomPolicy:
 
 
 class SimulatorPolicy:
-    """The same planner with the true simulator as its model: the ceiling."""
+    """The same planner with the true simulator as its model: the ceiling.
+
+    Args:
+        simulator: Knows true distances.
+        planner: The planner.
+        plan: The plan that the first search of an episode starts from.
+        stride: Actions that a step of the plan holds side by side.
+    """
 
     def __init__(
-        self, simulator: SimulatorEnv, planner: Planner, plan: Float[Tensor, "h a"]
+        self,
+        simulator: SimulatorEnv,
+        planner: Planner,
+        plan: Float[Tensor, "h a"],
+        *,
+        stride: int = 1,
     ) -> None:
         self.simulator = simulator
         self.planner = planner
+        self.stride = stride
         self.start = plan[None]
 
     def reset(self, goal: Frame) -> None:
@@ -200,5 +214,6 @@ class SimulatorPolicy:
         return self.plan[0, 0].numpy()
 
     def _cost(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
-        distances = self.simulator.goal_distances(plans[0].double().numpy())
+        actions = rearrange(plans[0], "s h (k a) -> s (h k) a", k=self.stride).double().numpy()
+        distances = self.simulator.goal_distances(actions)[:, self.stride - 1 :: self.stride]
         return torch.from_numpy(np.square(distances).sum(-1))[None].float()

@@ -74,6 +74,23 @@ def test_a_predictor_is_trained_and_planned_with_from_the_command_line(
     assert results["success_end"]["n"] == 2
 
 
+def test_a_step_of_the_model_may_be_several_of_the_environment(
+    call, tiny_data, tiny_words, tmp_path
+):
+    run = tmp_path / "run"
+    words = ("--predict.stride", 3, "--data", tiny_data, "--run-dir", run)
+    ended = call("train_world_model", *tiny_words, *words)
+    assert ended.code == 0, ended.stderr
+    _, description = load_world_model(run)
+    assert (description["stride"], description["action_dim"]) == (3, 6)
+    budget = ("--episodes", 2, "--horizon", 2, "--planner.samples", 8)
+    words = ("--checkpoint", run, *budget, "--budget", 7, "--run-dir", tmp_path / "evaluated")
+    ended = call("evaluate", *words)
+    assert ended.code == 0, ended.stderr
+    words = ("--checkpoint", run, *budget, "--budget", 2, "--run-dir", tmp_path / "refused")
+    assert "--budget is 2: the model's steps are 3 each" in call("plan", *words).complaint()
+
+
 @pytest.mark.parametrize("steps", [0, 4])
 def test_more_steps_than_a_window_has_are_refused(steps, call, tiny_data, tmp_path):
     words = ("--data", tiny_data, "--predict.open-loop", steps, "--run-dir", tmp_path / "run")

@@ -9,7 +9,14 @@ from tqdm import tqdm
 
 from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
-from jepa_world.commands.plan import Planning, make_planner, open_env, shipped
+from jepa_world.commands.plan import (
+    Planning,
+    make_planner,
+    model_steps,
+    open_env,
+    shipped,
+    stride_of,
+)
 from jepa_world.config import require_at_least
 from jepa_world.evaluation import (
     Episode,
@@ -25,6 +32,7 @@ from jepa_world.evaluation import (
 )
 from jepa_world.interfaces import SimulatorEnv
 from jepa_world.methods.world_model import load_world_model
+from jepa_world.registry import UserError
 from jepa_world.runs import Run
 
 
@@ -51,6 +59,7 @@ def run(config: Evaluate) -> None:
     sources = config.checkpoint or (shipped(config.env),)
     models = [load_world_model(source, config.trust) for source in sources]
     env, *_ = [open_env(config, description) for _, description in models]
+    steps = the_same_steps(config, [description for _, description in models])
     seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
     agents = [
         Agent(model, *make_planner(config, env), history=config.history) for model, _ in models
@@ -59,12 +68,8 @@ def run(config: Evaluate) -> None:
 
     by_model: dict[str, list[Episode]] = {}
     for source, agent in zip(sources, agents, strict=True):
-        by_model[str(source)] = _episodes(
-            f"{source}", env, ModelPolicy(agent), seeds, config.budget
-        )
-    random = _episodes(
-        "random", env, RandomPolicy(env.action_space, config.seed), seeds, config.budget
-    )
+        by_model[str(source)] = _episodes(f"{source}", env, ModelPolicy(agent), seeds, steps)
+    random = _episodes("random", env, RandomPolicy(env.action_space, config.seed), seeds, steps)
     episodes = [episode for model in by_model.values() for episode in model]
     results: dict[str, Any] = {
         "env": config.env,
@@ -81,8 +86,9 @@ def run(config: Evaluate) -> None:
     }
     simulator = env.unwrapped
     if config.ceiling and isinstance(simulator, SimulatorEnv):
-        policy = SimulatorPolicy(simulator, *make_planner(config, env))
-        rows = _episodes("simulator", env, policy, seeds, config.budget)
+        planner, plan = make_planner(config, env)
+        policy = SimulatorPolicy(simulator, planner, plan, stride=stride_of(models[0][1]))
+        rows = _episodes("simulator", env, policy, seeds, steps)
         results["simulator_ceiling"] = _rates(rows, config.tolerance)
     for name in ("success_end", "success_ever"):
         rate = results[name]
@@ -90,11 +96,23 @@ def run(config: Evaluate) -> None:
     made.finish(results)
 
 
+def the_same_steps(config: Evaluate, descriptions: list[dict[str, Any]]) -> int:
+    """Return the steps of all models in the budget.
+
+    Raises:
+        UserError: models with steps of different lengths: no env is the same for them.
+    """
+    strides = sorted({stride_of(description) for description in descriptions})
+    if len(strides) > 1:
+        raise UserError(f"the models' steps are {strides} environment steps: evaluate them apart")
+    return model_steps(config, descriptions[0])
+
+
 def _episodes(
-    name: str, env: gym.Env[Any, Any], policy: Policy, seeds: list[int], budget: int
+    name: str, env: gym.Env[Any, Any], policy: Policy, seeds: list[int], steps: int
 ) -> list[Episode]:
     progress = tqdm(seeds, name, mininterval=1.0)
-    return [run_episode(env, policy, seed, budget) for seed in progress]
+    return [run_episode(env, policy, seed, steps) for seed in progress]
 
 
 def _rates(episodes: list[Episode], tolerance: float) -> dict[str, Any]:

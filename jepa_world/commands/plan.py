@@ -13,6 +13,7 @@ from jepa_world import envs
 from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
 from jepa_world.config import Part, part_options, require_at_least
+from jepa_world.envs.blocks import ActionBlocks
 from jepa_world.evaluation import (
     ModelPolicy,
     plan_seconds,
@@ -78,12 +79,13 @@ def run(config: Plan) -> None:
     env = open_env(config, description)
     seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
     agent = Agent(model, *make_planner(config, env), history=config.history)
+    steps = model_steps(config, description)
     made.open(config)
     bank = FrameBank.of(env, model)
     films: list[Film] = []
     for seed in tqdm(seeds, "planning", mininterval=1.0):
         film = Film(bank, agent, env.reset(seed=seed)[1]["goal"])
-        film.episode = run_episode(env, ModelPolicy(agent), seed, config.budget, watch=film.watch)
+        film.episode = run_episode(env, ModelPolicy(agent), seed, steps, watch=film.watch)
         films.append(film)
     episodes = [film.episode for film in films]
     results: dict[str, Any] = {
@@ -127,6 +129,8 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         env = _make_env(config.env, (rows, columns, channels))
     except envs.EnvError as error:
         raise UserError(str(error)) from error
+    if stride_of(description) > 1:
+        env = ActionBlocks(env, stride_of(description))
     trained = description.get("env")  # none: from a dataset that does not say
     if trained not in (None, config.env, env.spec.id if env.spec else None):
         raise UserError(f"the checkpoint was trained for env {trained!r}, not for {config.env!r}")
@@ -137,6 +141,23 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         if has != expects:
             raise UserError(f"{what} of {config.env!r} are {has}, the checkpoint expects {expects}")
     return env
+
+
+def stride_of(description: dict[str, Any]) -> int:
+    """Return the environment steps that a step of the world model is."""
+    return int(description.get("stride", 1))
+
+
+def model_steps(config: Planning, description: dict[str, Any]) -> int:
+    """Return the steps of the world model that the budget of environment steps is.
+
+    Raises:
+        UserError: not one whole step.
+    """
+    stride = stride_of(description)
+    if config.budget < stride:
+        raise UserError(f"--budget is {config.budget}: the model's steps are {stride} each")
+    return config.budget // stride
 
 
 def _make_env(name: str, frame: tuple[int, int, int]) -> gym.Env[Any, Any]:

@@ -29,6 +29,8 @@ from jepa_world.training import Training, begin, make_accelerator, train
 class PredictFlags:
     """How far ahead latents are predicted, and how the error is measured."""
 
+    stride: int = 1
+    """Environment steps between two latents; their actions, side by side, are one."""
     open_loop: int | None = None
     """Steps predicted before the true latent is given again: the whole window if not given, 1 for
     teacher forcing. With --frozen: steps of the rollout beside teacher forcing, 2 if not given."""
@@ -84,13 +86,15 @@ def run(config: TrainWorldModel) -> None:
     named = config.columns
     data = Trajectories(config.data, pixels=named.pixels, action=named.action)
     training, held_out = data.split(0.05)
+    stride = config.predict.stride
 
     torch.manual_seed(config.seed)
     description = {
         "method": "world_model",
         "env": training.env,
         "observation_shape": [1, training.frame_shape[2], *training.frame_shape[:2]],
-        "action_dim": training.action_dim,
+        "stride": stride,
+        "action_dim": stride * training.action_dim,
         "encoder": to_dict(config)["encoder"],
         "predictor": to_dict(config)["predictor"],
         "jepa_world": jepa_world.__version__,
@@ -108,7 +112,7 @@ def run(config: TrainWorldModel) -> None:
         distance=config.predict.distance or "l2",
     )
     dim, tokens = model.encoder.dim, model.encoder.num_tokens
-    check_predictor(predictor, dim, training.action_dim, num_tokens=tokens)
+    check_predictor(predictor, dim, description["action_dim"], num_tokens=tokens)
     method = model
     if config.frozen is not None:
         load_state(encoder, *encoder_weights(find_checkpoint(config.frozen)))
@@ -118,7 +122,7 @@ def run(config: TrainWorldModel) -> None:
             rollout=config.predict.open_loop or min(2, config.frames - 1),
             distance=config.predict.distance or "l1",
         )
-    windows = training.windows(config.frames)
+    windows = training.windows(config.frames, stride)
     begin(made, config, description, len(windows), accelerator)
     accelerator.print(data.origin)
     accelerator.print(
@@ -127,7 +131,7 @@ def run(config: TrainWorldModel) -> None:
     )
 
     def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
-        batch = training.read(windows[index], config.frames)
+        batch = training.read(windows[index], config.frames, stride)
         return {key: torch.from_numpy(batch[key]) for key in ("pixels", "action")}
 
     last = train(
@@ -137,7 +141,7 @@ def run(config: TrainWorldModel) -> None:
         config,
         accelerator=accelerator,
         run_dir=made.folder,
-        evaluate=lambda: latent_health(model, training, held_out),
+        evaluate=lambda: latent_health(model, training, held_out, stride=stride),
     )
     if accelerator.is_main_process:
         made.finish({**last, "seed": config.seed})
@@ -147,8 +151,10 @@ def check_steps_ahead(config: TrainWorldModel) -> None:
     """Check that a window has the steps that are to be predicted open loop.
 
     Raises:
-        UserError: no step, or more than the window has.
+        UserError: no step, more than the window has, or no stride.
     """
+    if config.predict.stride < 1:
+        raise UserError(f"--predict.stride is {config.predict.stride}: give at least 1")
     steps = config.predict.open_loop
     if steps is not None and not 1 <= steps < config.frames:
         raise UserError(
@@ -165,7 +171,12 @@ def collect_default(folder: Path) -> None:
 
 
 def latent_health(
-    model: WorldModel, training: Trajectories, held_out: Trajectories, *, steps: int = 10
+    model: WorldModel,
+    training: Trajectories,
+    held_out: Trajectories,
+    *,
+    steps: int = 10,
+    stride: int = 1,
 ) -> dict[str, float]:
     """Measure held-out latents: what they hold, and how far open-loop prediction can be trusted.
 
@@ -175,8 +186,9 @@ def latent_health(
         10 steps before, both as shares of the latents' variance; `rest_drift`: the predictor's
         change over 10 steps of zero action, likewise.
     """
-    steps = min(steps, int(training.lengths.max()) - 1, int(held_out.lengths.max()) - 1)
-    z, action, proprio = _encoded(model, held_out, steps + 1)
+    longest = min(int(part.lengths.max()) for part in (training, held_out))
+    steps = min(steps, (longest - 1) // stride)
+    z, action, proprio = _encoded(model, held_out, steps + 1, stride)
     variance = z.flatten(0, 1).var(0).sum()
     predicted = model.rollout(z[:, :1], action[:, :-1])[:, -1]
     resting = model.rollout(z[:, :1], torch.zeros_like(action[:, :-1]))[:, -1]
@@ -190,7 +202,7 @@ def latent_health(
         "rest_drift": share(resting - z[:, 0]),
     }
     if proprio is not None:
-        fit_z, _, fit_proprio = _encoded(model, training, steps + 1)
+        fit_z, _, fit_proprio = _encoded(model, training, steps + 1, stride)
         assert fit_proprio is not None
         fit_z, fit_y, z, y = (x.flatten(2).flatten(0, 1) for x in (fit_z, fit_proprio, z, proprio))
         r2 = linear_probe_r2(fit_z, fit_y, z, y)
@@ -199,13 +211,13 @@ def latent_health(
 
 
 def _encoded(
-    model: WorldModel, trajectories: Trajectories, frames: int
+    model: WorldModel, trajectories: Trajectories, frames: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Encode up to 256 windows, spread evenly; with their actions and proprioception, if any."""
     device = next(model.parameters()).device
-    windows = trajectories.windows(frames)
+    windows = trajectories.windows(frames, stride)
     chosen = windows[np.linspace(0, len(windows) - 1, min(256, len(windows))).astype(int)]
-    batch = trajectories.read(chosen, frames)
+    batch = trajectories.read(chosen, frames, stride)
     tensors = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
     z = model.encode(tensors["pixels"]).float()
     return z, tensors["action"], tensors.get("proprio")
