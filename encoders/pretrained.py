@@ -1,17 +1,19 @@
-"""Read the I-JEPA and V-JEPA 2 weights of others, and write an I-JEPA as `transformers` has it.
+"""Read I-JEPA, V-JEPA 2 and LeWorldModel weights; write an I-JEPA as `transformers` has it.
 
 Keys are converted, nothing is left over and nothing missing: a file that does not fit is an error.
 Meta's files hold the teacher as `target_encoder` (the one that was evaluated) and are preferred in
-that order; `transformers` has folders with `config.json` and `model.safetensors`.
+that order; `transformers` has folders with `config.json` and `model.safetensors`; LeWorldModel has
+folders with `config.json` and `weights.pt`, as stable-worldmodel writes them.
 
 Published encoders expect pixels of mean 0 and deviation 1 over ImageNet, those of this package
 pixels in [0, 1]: `fold_pixel_statistics` makes the former the latter.
-(I-JEPA, https://arxiv.org/abs/2301.08243; V-JEPA 2, https://arxiv.org/abs/2506.09985.)
+(I-JEPA, https://arxiv.org/abs/2301.08243; V-JEPA 2, https://arxiv.org/abs/2506.09985; LeWorldModel,
+https://arxiv.org/abs/2603.19312.)
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -20,9 +22,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from jepa_world.encoders.leworldmodel import LeWorldModelEncoder
 from jepa_world.encoders.vit import SIZES, ViTEncoder
 from jepa_world.nn import AttentiveProbe
 from jepa_world.predictors.block_causal import BlockCausalPredictor
+from jepa_world.predictors.leworldmodel import LeWorldModelPredictor
 from jepa_world.predictors.masked import MaskedTransformer
 
 Weights = dict[str, Tensor]
@@ -98,6 +102,31 @@ _VJEPA2_PROBE = (
     (r"(^|\.)mlp\.fc2\.", r"\1mlp.3."),
     (r"^classifier\.", "out."),
 )
+_LEWORLDMODEL = (
+    (r"^encoder\.embeddings\.cls_token$", "cls"),
+    (r"^encoder\.", ""),
+    (r"^projector\.net\.", "projector."),
+    *_IJEPA,
+)
+_LEWORLDMODEL_PREDICTOR = (
+    (r"^predictor\.pos_embedding$", "positions"),
+    (r"^predictor\.transformer\.norm\.", "norm."),
+    (r"^predictor\.transformer\.layers\.", "blocks."),
+    (r"\.attn\.norm\.", ".norm1."),
+    (r"\.attn\.to_qkv\.", ".attention.qkv."),
+    (r"\.attn\.to_out\.0\.", ".attention.out."),
+    (r"\.mlp\.net\.0\.", ".norm2."),
+    (r"\.mlp\.net\.1\.", ".mlp.0."),
+    (r"\.mlp\.net\.4\.", ".mlp.3."),
+    (r"^action_encoder\.patch_embed\.", "modulation.0."),
+    (r"^action_encoder\.embed\.0\.", "modulation.1."),
+    (r"^action_encoder\.embed\.2\.", "modulation.3."),
+    (r"^pred_proj\.net\.", "head."),
+)
+_LEWORLDMODEL_ENCODER_FACTS = {
+    *("size", "patch_size", "image_size", "hidden_size", "num_hidden_layers"),
+    *("num_attention_heads", "intermediate_size", "pretrained", "use_mask_token", "_target_"),
+}
 _EXPORT = (
     (r"^blocks\.", "layers."),
     (r"\.norm1\.", ".layernorm_before."),
@@ -111,6 +140,8 @@ _EXPORT = (
     (r"^embed\.", "embeddings.patch_embeddings.projection."),
 )
 _HEADS = {width: heads for width, _, heads, _ in SIZES.values()}
+_OF_PREDICTOR = ("predictor.", "action_encoder.", "pred_proj.")
+_COUNTER = ".num_batches_tracked"  # of batch norms: counts steps, and is not used
 _PREDICTOR_HEADS = {384: 12}
 _AC_HEADS = {1024: 16}
 _FRAMES = {1024: 64, 1280: 64, 1408: 64}
@@ -146,6 +177,66 @@ class Architecture(NamedTuple):
             heads=self.heads,
             mlp_ratio=self.hidden / self.dim,
         )
+
+
+class LeWorldModelParts(NamedTuple):
+    """What must be known to build the two parts of a published LeWorldModel.
+
+    Example:
+        >>> sizes = {"dim": 32, "width": 64, "depth": 1, "heads": 2}
+        >>> parts = LeWorldModelParts((1, 3, 28, 28), 10, sizes, {"depth": 2})
+        >>> encoder, predictor = parts.build()
+        >>> encoder.dim, len(predictor.blocks)
+        (32, 2)
+    """
+
+    observation_shape: tuple[int, int, int, int]
+    action_dim: int
+    encoder: dict[str, Any]
+    predictor: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "LeWorldModelParts":
+        """Read a `config.json` of stable-worldmodel.
+
+        Raises:
+            ValueError: a fact is missing, or one that is not known here.
+        """
+        seen, acting = _section_of(config, "encoder"), _section_of(config, "predictor")
+        for name in sorted(seen.keys() - _LEWORLDMODEL_ENCODER_FACTS):
+            raise ValueError(f"config.json gives the encoder {name!r}, which is not known here")
+        side, size = int(_told(seen, "image_size")), _told(seen, "size")
+        if size not in SIZES:
+            raise ValueError(f"config.json names the size {size!r}, known are {sorted(SIZES)}")
+        actions, heads = (_section_of(config, name) for name in ("action_encoder", "pred_proj"))
+        projector = _section_of(config, "projector")
+        width = int(seen.get("hidden_size", SIZES[size][0]))
+        encoder = {
+            "dim": int(_told(projector, "output_dim")),
+            "size": size,
+            "patch": int(_told(seen, "patch_size")),
+            "width": width,
+            "depth": int(seen.get("num_hidden_layers", SIZES[size][1])),
+            "heads": int(seen.get("num_attention_heads", SIZES[size][2])),
+            "mlp_ratio": int(seen.get("intermediate_size", 4 * width)) / width,
+            "hidden": int(_told(projector, "hidden_dim")),
+        }
+        predictor = {
+            "depth": int(_told(acting, "depth")),
+            "heads": int(_told(acting, "heads")),
+            "head_dim": int(acting.get("dim_head", 64)),
+            "hidden": int(_told(acting, "mlp_dim")),
+            "head": int(_told(heads, "hidden_dim")),
+            "smooth": int(actions.get("smoothed_dim", 10)),
+            "history": int(_told(acting, "num_frames")),
+            "dropout": float(acting.get("dropout", 0.0)),
+        }
+        return cls((1, 3, side, side), int(_told(actions, "input_dim")), encoder, predictor)
+
+    def build(self) -> tuple[LeWorldModelEncoder, LeWorldModelPredictor]:
+        """Return an encoder and a predictor of these sizes."""
+        encoder = LeWorldModelEncoder(self.observation_shape, **self.encoder)
+        return encoder, LeWorldModelPredictor(encoder.dim, self.action_dim, **self.predictor)
 
 
 def load_ijepa(
@@ -281,6 +372,40 @@ def load_vjepa2_ac(
     return encoder, predictor
 
 
+def load_leworldmodel(
+    path: Path | str,
+) -> tuple[LeWorldModelEncoder, LeWorldModelPredictor, LeWorldModelParts]:
+    """Return the encoder and the predictor of a published LeWorldModel, and their sizes.
+
+    They are the published functions: of pixels normalised over ImageNet, and of actions normalised
+    over the dataset. `fold_pixel_statistics` and `fold_action_statistics` make them functions of
+    what an environment has; `WorldModel(encoder, predictor, SIGReg(), weight=0.0)` plans with them.
+
+    Args:
+        path: A folder with `weights.pt` and `config.json`, or the first of them with the other
+            beside it.
+
+    Raises:
+        ValueError: a file that is damaged or missing, a name or a shape that does not fit.
+    """
+    path = Path(path)
+    content, config = _read(path / "weights.pt" if path.is_dir() else path)
+    if not config:
+        raise ValueError(f"{str(path)!r} has no config.json beside its weights")
+    weights = {k: v for k, v in _tensors(content).items() if not k.endswith(_COUNTER)}
+    for name in weights:
+        if not name.startswith(("encoder.", "projector.", *_OF_PREDICTOR)):
+            raise ValueError(f"the weights hold unknown {name!r}")
+    seeing = {k: v for k, v in weights.items() if not k.startswith(_OF_PREDICTOR)}
+    acting = {k: v for k, v in weights.items() if k.startswith(_OF_PREDICTOR)}
+    parts = LeWorldModelParts.of(config)
+    encoder, predictor = parts.build()
+    _fill(encoder, _bare(_renamed(seeing, _LEWORLDMODEL), encoder))
+    acting = _bare(_renamed(acting, _LEWORLDMODEL_PREDICTOR), predictor)
+    _fill(predictor, _joined_modulations(acting))
+    return encoder.eval(), predictor.eval(), parts
+
+
 def load_attentive_probe(
     weights: Path | str | Mapping[str, Any],
     *,
@@ -320,8 +445,36 @@ def load_attentive_probe(
     return probe
 
 
+def fold_action_statistics(
+    predictor: LeWorldModelPredictor, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Make a predictor of actions (a - mean) / std one of the actions a, in place.
+
+    Where a step has several actions side by side, each has the same statistics.
+
+    Raises:
+        ValueError: the statistics do not divide the predictor's actions, or a deviation of zero.
+
+    Example:
+        >>> predictor = LeWorldModelPredictor(32, 10, depth=1, heads=2)
+        >>> fold_action_statistics(predictor, mean=(0.1, -0.2), std=(0.5, 0.4))
+    """
+    first = predictor.modulation[0]
+    assert isinstance(first, nn.Linear)
+    times, rest = divmod(first.in_features, len(mean) or 1)
+    if rest or len(std) != len(mean) or not len(mean) or min(std) <= 0:
+        raise ValueError(
+            f"actions of {first.in_features} numbers need a mean and a positive deviation for each "
+            f"of theirs or of several side by side, got {tuple(mean)} and {tuple(std)}"
+        )
+    means, stds = (torch.tensor(x).repeat(times).to(first.weight) for x in (mean, std))
+    with torch.no_grad():
+        first.weight.div_(stds)
+        first.bias.sub_(first.weight @ means)
+
+
 def fold_pixel_statistics(
-    encoder: ViTEncoder,
+    encoder: ViTEncoder | LeWorldModelEncoder,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> None:
@@ -512,7 +665,13 @@ def _check_activation(config: dict[str, Any]) -> None:
         raise ValueError(f"config.json says hidden_act {config['hidden_act']!r}, expected 'gelu'")
 
 
-def _told(config: dict[str, Any], name: str) -> Any:
+def _section_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(config.get(name), Mapping):
+        raise ValueError(f"config.json has no section {name!r}")
+    return config[name]
+
+
+def _told(config: Mapping[str, Any], name: str) -> Any:
     if name not in config:
         raise ValueError(f"config.json lacks {name!r}")
     return config[name]
@@ -635,6 +794,25 @@ def _rows(tokens: Tensor) -> Tensor:
     return tokens.reshape(-1, tokens.shape[-1]).squeeze(0)
 
 
+def _bare(weights: Weights, module: nn.Module) -> Weights:
+    """Return the weights without the axes of one that a batch or a convolution of width 1 has."""
+    own, bare = module.state_dict(), dict(weights)
+    for name in ("cls", "positions", "modulation.0.weight"):
+        if name in own and name in bare and bare[name].numel() == own[name].numel():
+            bare[name] = bare[name].reshape(own[name].shape)
+    return bare
+
+
+def _joined_modulations(weights: Weights) -> Weights:
+    """Join the modulations of all blocks, which the predictor has in one linear map."""
+    whole = dict(weights)
+    for kind in ("weight", "bias"):
+        parts = [f"blocks.{n}.adaLN_modulation.1.{kind}" for n in range(_depth(weights))]
+        if all(part in whole for part in parts):
+            whole[f"modulation.5.{kind}"] = _cat(whole, parts)
+    return whole
+
+
 def _renamed(weights: Weights, table: Table) -> Weights:
     renamed: Weights = {}
     for name, value in weights.items():
@@ -644,15 +822,15 @@ def _renamed(weights: Weights, table: Table) -> Weights:
     return renamed
 
 
-def _fill(module: nn.Module, weights: Weights, eps: float) -> None:
-    """Load weights that have our names and their shapes, into layer norms of this eps.
+def _fill(module: nn.Module, weights: Weights, eps: float | None = None) -> None:
+    """Load weights that have our names and their shapes, into layer norms of this eps, if given.
 
     Raises:
         ValueError: naming the first weight that is unknown, missing, or of another shape.
     """
     own = module.state_dict()
     whole = _joined(list(own), weights)
-    if isinstance(module, ViTEncoder):
+    if "embed.weight" in whole and whole["embed.weight"].ndim > 2:
         whole["embed.weight"] = _flat_patches(whole["embed.weight"])
     for name in sorted(own.keys() ^ whole.keys()):
         raise ValueError(f"the weights {'lack' if name in own else 'hold unknown'} {name!r}")
@@ -662,7 +840,7 @@ def _fill(module: nn.Module, weights: Weights, eps: float) -> None:
             raise ValueError(f"the weights hold {name!r} of shape {shapes}")
     module.load_state_dict(whole)
     for part in module.modules():
-        if isinstance(part, nn.LayerNorm):
+        if isinstance(part, nn.LayerNorm) and eps is not None:
             part.eps = eps
 
 
@@ -676,8 +854,18 @@ def _joined(own: list[str], weights: Weights) -> Weights:
         before, letters, kind = found.groups()
         parts = [f"{before}.{letter}.{kind}" for letter in letters]
         if all(part in whole for part in parts):
-            whole[name] = torch.cat([whole.pop(part) for part in parts])
+            whole[name] = _cat(whole, parts)
     return whole
+
+
+def _cat(weights: Weights, names: list[str]) -> Tensor:
+    """Take these weights out and return them as one."""
+    parts = [weights.pop(name) for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if part.shape != parts[0].shape:
+            shapes = f"{tuple(part.shape)}, expected {tuple(parts[0].shape)}"
+            raise ValueError(f"the weights hold {name!r} of shape {shapes} as {names[0]!r}")
+    return torch.cat(parts)
 
 
 def _flat_patches(kernel: Tensor) -> Tensor:

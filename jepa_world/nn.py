@@ -124,13 +124,14 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         causal: bool = False,
         dropout: float = 0.0,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} does not divide into {heads} heads; give head_dim")
         width = heads * (head_dim or dim // heads)
         self.heads, self.causal, self.dropout = heads, causal, dropout
-        self.qkv = nn.Linear(dim, 3 * width)
+        self.qkv = nn.Linear(dim, 3 * width, bias=qkv_bias)
         self.out = nn.Linear(width, dim)
 
     def forward(

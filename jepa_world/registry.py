@@ -11,6 +11,7 @@ PARTS: dict[str, dict[str, str]] = {
         "conv": "jepa_world.encoders.conv:ConvEncoder",
         "resnet": "jepa_world.encoders.resnet:ResNetEncoder",
         "vit": "jepa_world.encoders.vit:ViTEncoder",
+        "leworldmodel": "jepa_world.encoders.leworldmodel:LeWorldModelEncoder",
         "vit_pooled": "jepa_world.encoders.vit:PooledViTEncoder",
         "transformers": "jepa_world.encoders.foreign:TransformersEncoder",
         "timm": "jepa_world.encoders.foreign:TimmEncoder",
@@ -21,6 +22,7 @@ PARTS: dict[str, dict[str, str]] = {
         "block_causal": "jepa_world.predictors.block_causal:BlockCausalPredictor",
         "concat": "jepa_world.predictors.concat:ConcatPredictor",
         "gru": "jepa_world.predictors.gru:GRUPredictor",
+        "leworldmodel": "jepa_world.predictors.leworldmodel:LeWorldModelPredictor",
         "prefix": "jepa_world.predictors.prefix:PrefixPredictor",
     },
     "masked_predictor": {

@@ -39,6 +39,7 @@ MAY_IMPORT = {  # room -> rooms of ours
 }
 FILE_MAY_IMPORT = {  # a file of others holds an encoder and the predictor of its tokens
     "encoders/pretrained.py": {"predictors"},
+    "jepa_world/commands/import_leworldmodel.py": {"encoders"},
 }
 THIRD_PARTY = {  # room -> what a component may import besides the standard library
     "encoders": {"torch", "einops", "jaxtyping"},

@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare_video": "PrepareVideo",
     "inspect": "Inspect",
     "convert": "Convert",
+    "import_leworldmodel": "ImportLeworldmodel",
 }
 
 
