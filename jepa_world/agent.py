@@ -5,7 +5,7 @@ latents a plan is predicted to visit and the goal's latent, the first action is 
 rest of the plan, shifted, starts the next search.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange, repeat
@@ -14,19 +14,7 @@ from torch import Tensor
 
 from jepa_world.interfaces import Planner
 from jepa_world.methods.world_model import WorldModel
-
-Objective = Callable[[Float[Tensor, "b s h n d"], Float[Tensor, "b n d"]], Float[Tensor, "b s"]]
-"""Cost of imagined latents, given the goal's latent."""
-
-
-def summed_distance(
-    z: Float[Tensor, "b s h n d"], goal: Float[Tensor, "b n d"]
-) -> Float[Tensor, "b s"]:
-    """Sum the latent distance to the goal over the horizon: arrive early, and stay.
-
-    Not squared: squares let the first, far steps of a plan drown the last, near ones.
-    """
-    return torch.linalg.vector_norm(z - goal[:, None, None], dim=(-1, -2)).sum(-1)
+from jepa_world.objectives import Objective, summed_distance
 
 
 class Agent:
@@ -37,7 +25,7 @@ class Agent:
         planner: Any `interfaces.Planner`.
         start: The plan that the first search of an episode starts from, `(h a)`.
         history: Past observations given to the predictor, the present one included.
-        objective: Cost of imagined latents; a user's own constraints go here.
+        objective: What is minimised; a user's own constraints go here (`jepa_world.objectives`).
 
     Example:
         >>> import torch
@@ -85,17 +73,48 @@ class Agent:
         self.z = torch.cat([self.z, self.model.encode(observation[:, None])], dim=1)
         self.z = self.z[:, -self.history :]
         self.actions = self.actions[:, self.actions.shape[1] - self.z.shape[1] + 1 :]
+        self.cost = GoalCost(self.model, self.z, self.actions, self.goal, self.objective)
         self.plan = self.planner(self.cost, self.plan)
         return self.plan[:, 0]
 
-    def cost(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
+
+@dataclass(frozen=True)
+class GoalCost:
+    """What plans cost from one moment on, for all episodes: an `interfaces.LatentCost`."""
+
+    model: WorldModel
+    z: Float[Tensor, "b t n d"]  # the latents seen, the present one last
+    actions: Float[Tensor, "b u a"]  # those between them: u = t - 1
+    goal: Float[Tensor, "b n d"]
+    objective: Objective
+
+    def __call__(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
         """Return the objective of the latents the model predicts for every plan."""
-        return self.objective(self.imagine(plans), self.goal)
+        return self.score(self.imagine(plans), plans)
+
+    def score(
+        self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
+    ) -> Float[Tensor, "b s"]:
+        """Return the objective of latents, wherever they come from."""
+        return self.objective(z, plans, self.goal)
 
     def imagine(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s h n d"]:
         """Predict the latents that every plan would visit from here."""
-        samples = plans.shape[1]
-        past = repeat(self.actions, "b u a -> b s u a", s=samples)
-        actions = rearrange(torch.cat([past, plans], dim=2), "b s u a -> (b s) u a")
-        z = repeat(self.z, "b t n d -> (b s) t n d", s=samples)
-        return rearrange(self.model.rollout(z, actions), "(b s) h n d -> b s h n d", s=samples)
+        seen = repeat(self.z, "b t n d -> (b s) t n d", s=plans.shape[1])
+        future = self.model.rollout(seen, self._actions(plans))
+        return rearrange(future, "(b s) h n d -> b s h n d", s=plans.shape[1])
+
+    def foresee(
+        self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
+    ) -> Float[Tensor, "b s h n d"]:
+        """Predict the latent after every step, were those before it `z`: one call, no rollout."""
+        seen = repeat(self.z, "b t n d -> (b s) t n d", s=plans.shape[1])
+        visited = rearrange(z[:, :, :-1], "b s h n d -> (b s) h n d")
+        following = self.model.predictor(torch.cat([seen, visited], 1), self._actions(plans))
+        future = following[:, -plans.shape[2] :]
+        return rearrange(future, "(b s) h n d -> b s h n d", s=plans.shape[1])
+
+    def _actions(self, plans: Tensor) -> Tensor:
+        """Return the actions of every plan behind those of the past `((b s) u+h a)`."""
+        past = repeat(self.actions, "b u a -> b s u a", s=plans.shape[1])
+        return rearrange(torch.cat([past, plans], 2), "b s u a -> (b s) u a")

@@ -110,6 +110,35 @@ class PrefixRollout(Protocol):
 
 
 @runtime_checkable
+class LatentCost(Protocol):
+    """A cost may also offer this: the latents behind it, for planners that move them as well.
+
+    `cost(plans)` is `cost.score(z, plans)` of `z = cost.imagine(plans)`, and these are the latents
+    that `cost.foresee` leaves as they are: `z = cost.foresee(z, plans)`. An agent's cost has it.
+    """
+
+    def __call__(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
+        """Return the cost of every plan."""
+        ...
+
+    def imagine(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s h n d"]:
+        """Return the latent that every step of every plan leads to, one after the other."""
+        ...
+
+    def foresee(
+        self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
+    ) -> Float[Tensor, "b s h n d"]:
+        """Return the latent that every step leads to from those before it in `z`, all at once."""
+        ...
+
+    def score(
+        self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
+    ) -> Float[Tensor, "b s"]:
+        """Return the cost of visiting the latents `z` by the actions of the plans."""
+        ...
+
+
+@runtime_checkable
 class Planner(Protocol):
     """Minimise a cost over actions: `MyPlanner(low, high, horizon, *, ...)`.
 

@@ -55,9 +55,8 @@ class Film:
     def watch(self, observation: Frame) -> None:
         """Record an observation, and the frame nearest to where the present plan is to end."""
         self.seen.append(observation)
-        self.imagined.append(
-            self.bank.nearest(self.agent.imagine(self.agent.plan[:, None])[0, 0, -1])
-        )
+        imagined = self.agent.cost.imagine(self.agent.plan[:, None])
+        self.imagined.append(self.bank.nearest(imagined[0, 0, -1]))
 
 
 def write_report(folder: Path, results: dict[str, Any], films: list[Film]) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jepa_world.interfaces import Encoder, FastRollout, Planner, PrefixRollout, SimulatorEnv
+from jepa_world.objectives import Objective
 from jepa_world.registry import UserError
 
 
@@ -172,6 +173,32 @@ def check_planner(
             raise ContractError("planner returned a plan no better than its start on a quadratic")
         if not torch.equal(plan, build()(cost, start)):
             raise ContractError("planner returned two plans under the same seed")
+
+
+def check_objective(
+    objective: Objective, num_tokens: int, dim: int, horizon: int, action_dim: int
+) -> None:
+    """Check the cost of latents `(b s h n d)` and plans `(b s h a)` for a goal `(b n d)`.
+
+    Shape, finite costs, and a cost of an episode and a plan that does not depend on the others.
+
+    Raises:
+        ContractError: naming the promise that was broken.
+
+    Example:
+        >>> from jepa_world.objectives import effort
+        >>> check_objective(effort, 1, 32, 10, 2)
+    """
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 3, horizon, num_tokens, dim, generator=generator)
+    plans = torch.rand(2, 3, horizon, action_dim, generator=generator) * 2 - 1
+    goal = torch.randn(2, num_tokens, dim, generator=generator)
+    costs = _call("objective", objective, z, plans, goal)
+    _check_tensor("objective", costs, (2, 3), "one cost for every plan of every episode")
+    alone = _call("objective", objective, z[1:, 1:2], plans[1:, 1:2], goal[1:])
+    _check_tensor("objective", alone, (1, 1), "one cost for every plan of every episode")
+    if not torch.allclose(alone, costs[1:, 1:2], rtol=1e-4, atol=1e-4):
+        raise ContractError("objective mixes plans: the cost of one depends on the others")
 
 
 def check_env(env: gymnasium.Env[Any, Any], *, configuration: Any = None) -> None:

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from jepa_world.nn import BatchNorm
+from jepa_world.objectives import summed_distance
 from jepa_world.registry import UserError
 from jepa_world.testing import (
     ContractError,
     check_encoder,
     check_env,
     check_masked_predictor,
+    check_objective,
     check_planner,
     check_predictor,
 )
@@ -370,6 +372,21 @@ def test_broken_planner_is_told_its_promise(planner, promise):
     check_planner(lambda: middle, LOW, HIGH, 3)
     with pytest.raises(ContractError, match=re.escape(promise)):
         check_planner(lambda: planner, LOW, HIGH, 3)
+
+
+@pytest.mark.parametrize(
+    ("objective", "promise"),
+    [
+        (lambda z, plans, goal: plans.square().sum(-1), "objective returned (2, 3, 4), expected"),
+        (lambda z, plans, goal: plans[:, :, 0, 0].log(), "objective returned NaN or infinity"),
+        (lambda z, goal: z.sum(), "objective failed on input (2, 3, 4, 1, 8), (2, 3, 4, 2)"),
+        (lambda z, plans, goal: z.sum((2, 3, 4)) / z.std(), "objective mixes plans"),
+    ],
+)
+def test_broken_objective_is_told_its_promise(objective, promise):
+    check_objective(summed_distance, 1, 8, 4, 2)
+    with pytest.raises(ContractError, match=re.escape(promise)):
+        check_objective(objective, 1, 8, 4, 2)
 
 
 class DotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
