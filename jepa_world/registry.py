@@ -31,6 +31,12 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "planner": {
         "cem": "jepa_world.planners.cem:CEM",
+        "icem": "jepa_world.planners.icem:ICEM",
+        "mppi": "jepa_world.planners.mppi:MPPI",
+        "predictive_sampling": "jepa_world.planners.predictive_sampling:PredictiveSampling",
+        "gradient": "jepa_world.planners.gradient:Gradient",
+        "cem_gradient": "jepa_world.planners.cem:CEMGradient",
+        "grasp": "jepa_world.planners.grasp:GRASP",
         "random_shooting": "jepa_world.planners.random_shooting:RandomShooting",
     },
 }

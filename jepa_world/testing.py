@@ -142,8 +142,10 @@ def check_planner(
 ) -> None:
     """Check a planner; `build` makes a new one, with the same seed each time.
 
-    Shape, bounds of all that is evaluated or returned, an input left as it was, the same plan under
-    the same seed, and a plan that is better than a bad start.
+    Shape, device and type of the plan, bounds of all that is evaluated or returned, an input left
+    as it was, no gradient left behind, the same plan under the same seed whatever else is drawn, a
+    plan that is better than a bad start and does not depend on the other episodes, and none from
+    where the cost is not finite. The cost is differentiable and offers its latents.
 
     Raises:
         ContractError: naming the promise that was broken.
@@ -154,25 +156,24 @@ def check_planner(
         >>> check_planner(lambda: CEM(low, high, 5), low, high, 5)
     """
     target = low + (high - low) * torch.tensor([0.25, 0.6])[:, None, None]  # of two episodes
-
-    def cost(actions: Tensor) -> Tensor:
-        if actions.ndim != 4 or actions.shape[0] != 2 or actions.shape[2:] != (horizon, len(low)):
-            expected = f"(2, samples, {horizon}, {len(low)})"
-            raise ContractError(f"planner evaluated {tuple(actions.shape)}, expected {expected}")
-        _check_bounds("evaluated", actions, low, high)
-        return (actions - target[:, None]).square().sum((-1, -2))
-
+    cost = _Pursuit(low, high, target.expand(2, horizon, -1))
     start = high.expand(2, horizon, -1).clone()
-    with cast(Any, torch.random).fork_rng(()):
-        plan = build()(cost, start)
-        _check_tensor("planner", plan, tuple(start.shape), "one plan for every episode")
-        _check_bounds("returned", plan, low, high)
+    with cast(Any, torch.random).fork_rng(()), torch.no_grad():
+        random = torch.get_rng_state()
+        plan = _plan(build(), cost, start)
         if not torch.equal(start, high.expand_as(start)):
             raise ContractError("planner changed `start` in place")
         if bool((cost(plan[:, None]) >= cost(start[:, None])).any()):
             raise ContractError("planner returned a plan no better than its start on a quadratic")
-        if not torch.equal(plan, build()(cost, start)):
+        if cost.weight.grad is not None:
+            raise ContractError("planner left a gradient in a parameter behind the cost")
+        if not torch.equal(plan, _plan(build(), cost, start)):
             raise ContractError("planner returned two plans under the same seed")
+        if not torch.equal(random, torch.get_rng_state()):
+            raise ContractError("planner drew from the global random state, not from its own")
+        _plan(build(), _Pursuit(low, high, cost.target.double()), start.double())
+        _check_episodes_apart(build, cost, start, plan)
+        _check_finite_chosen(build, cost, low.expand(2, horizon, -1).clone())
 
 
 def check_objective(
@@ -415,6 +416,75 @@ def _check_gradients(
             raise ContractError(f"{part} passes no gradient to {name}")
         if not bool(gradient.isfinite().all()):
             raise ContractError(f"{part} passes NaN or infinity as the gradient of {name}")
+
+
+class _Pursuit:
+    """The squared distance of actions to a target; an action leads to the latent equal to it."""
+
+    def __init__(self, low: Tensor, high: Tensor, target: Float[Tensor, "b h a"]) -> None:
+        self.low, self.high, self.target = low, high, target
+        self.weight = nn.Parameter(torch.ones((), dtype=target.dtype))
+
+    def __call__(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
+        return self.score(self.imagine(plans), plans)
+
+    def imagine(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s h n d"]:
+        shape = (len(self.target), *self.target.shape[1:])
+        if plans.ndim != 4 or (len(plans), *plans.shape[2:]) != shape:
+            expected = f"({shape[0]}, samples, {shape[1]}, {shape[2]})"
+            raise ContractError(f"planner evaluated {tuple(plans.shape)}, expected {expected}")
+        _check_bounds("evaluated", plans, self.low, self.high)
+        return self.weight * plans.unsqueeze(3)
+
+    def foresee(
+        self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
+    ) -> Float[Tensor, "b s h n d"]:
+        return self.imagine(plans)
+
+    def score(
+        self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
+    ) -> Float[Tensor, "b s"]:
+        return (z.squeeze(3) - self.target[:, None]).square().sum((-1, -2))
+
+
+class _Holed(_Pursuit):
+    """The same, but not finite where the first action lies above the middle of its range."""
+
+    def score(
+        self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
+    ) -> Float[Tensor, "b s"]:
+        hole = plans[:, :, 0, 0] > (self.low[0] + self.high[0]) / 2
+        values = plans.new_tensor([[torch.nan], [-torch.inf]])
+        return super().score(z, plans).where(~hole, values)
+
+
+def _plan(planner: Planner, cost: _Pursuit, start: Tensor) -> Tensor:
+    plan = planner(cost, start)
+    _check_tensor("planner", plan, tuple(start.shape), "one plan for every episode")
+    if (plan.dtype, plan.device) != (start.dtype, start.device):
+        given, expected = f"{plan.dtype} on {plan.device}", f"{start.dtype} on {start.device}"
+        raise ContractError(f"planner returned {given}, expected {expected}: those of `start`")
+    _check_bounds("returned", plan, cost.low, cost.high)
+    return plan
+
+
+def _check_episodes_apart(
+    build: Callable[[], Planner], cost: _Pursuit, start: Tensor, plan: Tensor
+) -> None:
+    others = _Pursuit(cost.low, cost.high, torch.cat([cost.target[:1], cost.target[:1]]))
+    beside = _plan(build(), others, torch.cat([start[:1], cost.target[1:]]))
+    alone = _plan(build(), _Pursuit(cost.low, cost.high, cost.target[:1]), start[:1])
+    span = cost.high - cost.low
+    for other in (beside, alone):
+        if bool(((other[:1] - plan[:1]).abs() > 1e-3 * span).any()):
+            raise ContractError("planner mixes episodes: the plan of one depends on the others")
+
+
+def _check_finite_chosen(build: Callable[[], Planner], cost: _Pursuit, start: Tensor) -> None:
+    holed = _Holed(cost.low, cost.high, cost.target)
+    plan = _plan(build(), holed, start)
+    if not bool(holed(plan[:, None]).isfinite().all()):
+        raise ContractError("planner returned a plan whose cost is not finite")
 
 
 def _check_bounds(verb: str, actions: Tensor, low: Tensor, high: Tensor) -> None:

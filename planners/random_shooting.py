@@ -1,10 +1,11 @@
 """Random shooting, the baseline: draw action sequences uniformly and return the cheapest."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from jepa_world.interfaces import Cost
+from jepa_world.search import Draws, cheapest
 
 
 class RandomShooting:
@@ -17,7 +18,7 @@ class RandomShooting:
         high: Upper bound of an action.
         horizon: Steps of a plan.
         samples: Action sequences evaluated.
-        seed: Of the planner's own generator.
+        seed: Of the planner's own random numbers.
 
     Example:
         >>> import torch
@@ -36,36 +37,20 @@ class RandomShooting:
         samples: int = 256,
         seed: int = 0,
     ) -> None:
-        self.low, self.high, self.horizon = low, high, horizon
-        self.samples, self.seed = samples, seed
-        self.generator: torch.Generator | None = None
+        self.low, self.high = low, high
+        self.samples = samples
+        self.draws = Draws(seed)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        cost: Callable[[Float[Tensor, "b s h a"]], Float[Tensor, "b s"]],
-        start: Float[Tensor, "b h a"],
-    ) -> Float[Tensor, "b h a"]:
+    def __call__(self, cost: Cost, start: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
         """Return the cheapest of the start and the samples.
 
         Raises:
             ValueError: no sample of an episode has a finite cost.
         """
-        if self.generator is None or self.generator.device != start.device:
-            self.generator = torch.Generator(start.device).manual_seed(self.seed)
         low, high = self.low.to(start), self.high.to(start)
-        uniform = torch.rand(
-            (self.samples, *start.shape[1:]),
-            generator=self.generator,
-            device=start.device,
-            dtype=start.dtype,
-        )
+        uniform = self.draws.uniform(self.samples, *start.shape[1:], like=start)
         candidates = torch.lerp(low, high, uniform).repeat(len(start), 1, 1, 1)
         candidates[:, 0] = start.clamp(low, high)
-        costs = cost(candidates)
-        costs = torch.where(costs.isfinite(), costs, torch.inf)
-        best, index = costs.min(1)
-        if not best.isfinite().all():
-            episodes = best.isinf().nonzero().flatten().tolist()
-            raise ValueError(f"no candidate has a finite cost in episodes {episodes}")
-        return candidates[torch.arange(len(start), device=start.device), index]
+        best, _ = cheapest(candidates, cost(candidates), 1)
+        return best[:, 0]

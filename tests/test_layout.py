@@ -17,6 +17,7 @@ MAY_IMPORT = {  # room -> rooms of ours
     "processes": set(),
     "config": {"registry"},
     "interfaces": set(),
+    "search": set(),
     "objectives": set(),
     "nn": set(),
     "sigreg": {"nn"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {  # room -> rooms of ours
     "encoders": {"nn", "masking"},
     "predictors": {"nn", "masking"},
     "envs": {"envs"},
-    "planners": set(),
+    "planners": {"interfaces", "search"},
 }
 FILE_MAY_IMPORT = {  # a file of others holds an encoder and the predictor of its tokens
     "encoders/pretrained.py": {"predictors"},

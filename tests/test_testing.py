@@ -326,7 +326,7 @@ LOW, HIGH = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 2.0])
 
 
 def middle(cost, start):
-    plan = ((LOW + HIGH) / 2).expand_as(start)
+    plan = ((LOW + HIGH) / 2).to(start).expand_as(start)
     cost(plan[:, None])
     return plan
 
@@ -357,6 +357,30 @@ def unseeded(cost, start):
     return middle(cost, start) + 0.01 * torch.randn_like(start)
 
 
+def draws_globally(cost, start):
+    torch.rand(1)
+    return middle(cost, start)
+
+
+def trains_the_model(cost, start):
+    with torch.enable_grad():
+        cost(start[:, None]).sum().backward()
+    return middle(cost, start)
+
+
+def single(cost, start):
+    return middle(cost, start).float()
+
+
+def averages(cost, start):
+    return 0.9 * middle(cost, start) + 0.1 * start.mean(0)
+
+
+def least_whatever_it_is(cost, start):
+    plans = torch.stack([middle(cost, start), HIGH.to(start).expand_as(start)], 1)
+    return plans[torch.arange(len(start)), cost(plans).argmin(1)]
+
+
 @pytest.mark.parametrize(
     ("planner", "promise"),
     [
@@ -366,6 +390,11 @@ def unseeded(cost, start):
         (last_step, "planner returned (2, 1, 2), expected (2, 3, 2)"),
         (flattens, "planner evaluated (2, 3, 2), expected (2, samples, 3, 2)"),
         (unseeded, "planner returned two plans under the same seed"),
+        (draws_globally, "planner drew from the global random state"),
+        (trains_the_model, "planner left a gradient in a parameter behind the cost"),
+        (single, "planner returned torch.float32 on cpu, expected torch.float64 on cpu"),
+        (averages, "planner mixes episodes"),
+        (least_whatever_it_is, "planner returned a plan whose cost is not finite"),
     ],
 )
 def test_broken_planner_is_told_its_promise(planner, promise):
