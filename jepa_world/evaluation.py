@@ -214,6 +214,8 @@ class SimulatorPolicy:
         return self.plan[0, 0].numpy()
 
     def _cost(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
-        actions = rearrange(plans[0], "s h (k a) -> s (h k) a", k=self.stride).double().numpy()
+        actions = (
+            rearrange(plans[0].detach(), "s h (k a) -> s (h k) a", k=self.stride).double().numpy()
+        )
         distances = self.simulator.goal_distances(actions)[:, self.stride - 1 :: self.stride]
         return torch.from_numpy(np.square(distances).sum(-1))[None].float()

@@ -2,9 +2,11 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 PARTS: dict[str, dict[str, str]] = {
     "encoder": {
@@ -39,6 +41,11 @@ PARTS: dict[str, dict[str, str]] = {
         "grasp": "jepa_world.planners.grasp:GRASP",
         "random_shooting": "jepa_world.planners.random_shooting:RandomShooting",
     },
+    "objective": {
+        "summed_distance": "jepa_world.objectives:summed_distance",
+        "effort": "jepa_world.objectives:effort",
+        "smoothness": "jepa_world.objectives:smoothness",
+    },
 }
 
 
@@ -53,7 +60,7 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 
 def class_path(kind: str, name: str) -> str:
-    """Return the `package.module:Class` string of a short name, or the string itself if it is one.
+    """Return the `package.module:Name` string of a short name, or the string itself if it is one.
 
     Raises:
         UserError: unknown short name.
@@ -63,7 +70,7 @@ def class_path(kind: str, name: str) -> str:
     known = PARTS[kind]
     if name not in known:
         hint = did_you_mean(name, list(known))
-        raise UserError(f"unknown {kind} {name!r}{hint}; or give package.module:Class")
+        raise UserError(f"unknown {kind} {name!r}{hint}; or give package.module:Name")
     return known[name]
 
 
@@ -76,19 +83,32 @@ def load_class(kind: str, name: str) -> type:
     Raises:
         UserError: unknown name, module that does not import, class that is not there.
     """
-    path = class_path(kind, name)
-    module_name, _, class_name = path.partition(":")
-    if not all(word.isidentifier() for word in (*module_name.split("."), class_name)):
-        raise UserError(f"{kind} {name!r} is not of the form package.module:Class")
+    found = _load(kind, name, "class", lambda value: isinstance(value, type))
+    return cast(type, found)
+
+
+def load_function(kind: str, name: str) -> Callable[..., Any]:
+    """Import a function by its short name or `package.module:function`, as `load_class` does.
+
+    Raises:
+        UserError: unknown name, module that does not import, function that is not there.
+    """
+    found = _load(kind, name, "function", callable)
+    return cast(Callable[..., Any], found)
+
+
+def _load(kind: str, name: str, what: str, fits: Callable[[object], bool]) -> object:
+    module_name, _, attribute = class_path(kind, name).partition(":")
+    if not all(word.isidentifier() for word in (*module_name.split("."), attribute)):
+        raise UserError(f"{kind} {name!r} is not of the form package.module:Name")
     try:
         module = _import_from_working_directory(module_name)
     except (ImportError, SyntaxError) as error:
         raise UserError(f"{kind} {name!r} cannot be imported: {error}") from error
-    found = vars(module).get(class_name)
-    if not isinstance(found, type):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        hint = did_you_mean(class_name, classes)
-        raise UserError(f"{kind} {name!r}: module {module_name} has no class {class_name!r}{hint}")
+    found = vars(module).get(attribute)
+    if not fits(found):
+        hint = did_you_mean(attribute, [key for key, value in vars(module).items() if fits(value)])
+        raise UserError(f"{kind} {name!r}: module {module_name} has no {what} {attribute!r}{hint}")
     return found
 
 

@@ -152,6 +152,11 @@ def test_evaluate_and_plan_agree_on_the_same_episodes(planned, evaluated):
         ("plan", ("--planner", "cme"), "unknown planner 'cme'; nearest: cem"),
         ("plan", ("--planner.elite", 3), r"--planner\.elite.*nearest: --planner\.elites"),
         ("plan", ("--planner.elites", 999, "--checkpoint", "RUN"), "elites < samples, got"),
+        ("plan", ("--objective", "efort", "--checkpoint", "RUN"), "'efort'; nearest: effort"),
+        ("plan", ("--objective", "effort=x", "--checkpoint", "RUN"), "'x' is no weight, as in"),
+        ("plan", ("--objective", "effort=-1", "--checkpoint", "RUN"), "'-1' is no weight"),
+        ("plan", ("--objective", "torch:zeros", "--checkpoint", "RUN"), "objective failed on inp"),
+        ("plan", ("--objective", "torch:zeroes", "--checkpoint", "RUN"), "no function 'zeroes'"),
         ("plan", ("--episodes", 0, "--checkpoint", "RUN"), "--episodes is 0: give at least 1"),
         ("plan", ("--budget", 0, "--checkpoint", "RUN"), "--budget is 0: give at least 1"),
         ("plan", ("--horizon", 0, "--checkpoint", "RUN"), "--horizon is 0: give at least 1"),
@@ -366,6 +371,50 @@ def test_a_seed_of_the_planner_is_an_option_that_counts(call, tiny_run, tmp_path
         return list(results_of(folder)["final_distances"].values())
 
     assert distances() == distances("--planner.seed", 0) != distances("--planner.seed", 1)
+
+
+OWN_COST = """
+def hold_still(z, plans, goal):
+    return plans.abs().sum((-1, -2))
+"""
+
+
+def test_an_objective_is_a_sum_of_named_functions_ones_own_among_them(
+    call, tiny_run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_cost.py").write_text(OWN_COST)
+    (tmp_path / "goal.yaml").write_text("objective: [summed_distance, smoothness=0.1]\n")
+
+    def run(*words):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        ended = call("evaluate", "--checkpoint", tiny_run, *SHORT, *words, "--run-dir", folder)
+        assert ended.code == 0, ended.stderr
+        saved = read_yaml(folder / "config.yaml")["objective"]
+        return saved, next(iter(results_of(folder)["final_distances"].values()))
+
+    plain, held = run(), run("--objective", "summed_distance", "own_cost:hold_still=1e4")
+    still = run("--objective", "effort")
+    assert (
+        plain[0] == ["summed_distance"] and run("--config", "goal.yaml")[0][1] == "smoothness=0.1"
+    )
+    assert held[1] == pytest.approx(still[1], abs=0.02) and held[1] != plain[1]
+
+
+@pytest.mark.parametrize(
+    "planner", ["icem", "mppi", "predictive_sampling", "cem_gradient", "grasp"]
+)
+def test_every_planner_is_a_flag_away(call, tiny_run, tmp_path, planner):
+    words = ("--planner", planner, *SHORT[:6], "--run-dir", tmp_path / "run")
+    ended = call("plan", "--checkpoint", tiny_run, *words)
+    assert ended.code == 0, ended.stderr
+
+
+def test_a_planner_that_needs_slopes_has_no_ceiling_and_says_so(call, tiny_run, tmp_path):
+    words = ("--planner", "gradient", *SHORT[:6], "--run-dir", tmp_path / "run")
+    ended = call("evaluate", "--checkpoint", tiny_run, *words)
+    assert ended.code == 0 and "no ceiling, the true simulator gives only costs" in ended.stdout
+    assert "simulator_ceiling" not in results_of(tmp_path / "run")
 
 
 def test_no_configuration_has_a_field_that_nobody_reads():

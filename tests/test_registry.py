@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_world.registry import PARTS, UserError, class_path, load_class
+from jepa_world.registry import PARTS, UserError, class_path, load_class, load_function
 
 ROOT = Path(__file__).resolve().parents[1]
 MINE = "class Mine:\n    def __init__(self, low, high, horizon): ...\n"
@@ -14,16 +14,17 @@ MINE = "class Mine:\n    def __init__(self, low, high, horizon): ...\n"
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, names in PARTS.items() for name in names]
 )
-def test_a_short_name_is_a_class_of_the_package(kind, name):
-    found = load_class(kind, name)
+def test_a_short_name_is_a_class_or_a_function_of_the_package(kind, name):
+    load = load_function if kind == "objective" else load_class
+    found = load(kind, name)
     assert class_path(kind, name) == f"{found.__module__}:{found.__name__}"
-    assert load_class(kind, class_path(kind, name)) is found
+    assert load(kind, class_path(kind, name)) is found
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cme", r"unknown planner 'cme'; nearest: cem; known: .*package\.module:Class"),
+        ("cme", r"unknown planner 'cme'; nearest: cem; known: .*package\.module:Name"),
         ("zzz", "unknown planner 'zzz'; known: cem"),
         ("jepa_world.planners.cem:CME", "no class 'CME'; nearest: CEM"),
         ("jepa_world.planners.cem:torch", "no class 'torch'"),
@@ -40,6 +41,11 @@ def test_a_wrong_name_is_refused_in_one_line(name, message):
     with pytest.raises(UserError, match=message) as error:
         load_class("planner", name)
     assert "\n" not in str(error.value)
+
+
+def test_a_function_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="no function 'efort'; nearest: effort"):
+        load_function("objective", "jepa_world.objectives:efort")
 
 
 def test_a_module_that_is_not_python_is_refused_with_file_and_line(tmp_path, monkeypatch):

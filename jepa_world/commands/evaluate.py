@@ -7,10 +7,10 @@ from typing import Any
 import gymnasium as gym
 from tqdm import tqdm
 
-from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.plan import (
     Planning,
+    make_agent,
     make_planner,
     model_steps,
     open_env,
@@ -34,6 +34,7 @@ from jepa_world.interfaces import SimulatorEnv
 from jepa_world.methods.world_model import load_world_model
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
+from jepa_world.search import UnsuitedCostError
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ def run(config: Evaluate) -> None:
     env, *_ = [open_env(config, description) for _, description in models]
     steps = the_same_steps(config, [description for _, description in models])
     seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
-    agents = [
-        Agent(model, *make_planner(config, env), history=config.history) for model, _ in models
-    ]
+    agents = [make_agent(config, env, model) for model, _ in models]
     made.open(config)
 
     by_model: dict[str, list[Episode]] = {}
@@ -84,12 +83,8 @@ def run(config: Evaluate) -> None:
             name: [round(row.distances[-1], 5) for row in rows] for name, rows in by_model.items()
         },
     }
-    simulator = env.unwrapped
-    if config.ceiling and isinstance(simulator, SimulatorEnv):
-        planner, plan = make_planner(config, env)
-        policy = SimulatorPolicy(simulator, planner, plan, stride=stride_of(models[0][1]))
-        rows = _episodes("simulator", env, policy, seeds, steps)
-        results["simulator_ceiling"] = _rates(rows, config.tolerance)
+    if config.ceiling:
+        results |= _ceiling(config, env, seeds, stride_of(models[0][1]))
     for name in ("success_end", "success_ever"):
         rate = results[name]
         print(f"{name}: {rate['rate']:.1%} (n {rate['n']}, 95 %: {rate['low']} to {rate['high']})")
@@ -113,6 +108,21 @@ def _episodes(
 ) -> list[Episode]:
     progress = tqdm(seeds, name, mininterval=1.0)
     return [run_episode(env, policy, seed, steps) for seed in progress]
+
+
+def _ceiling(
+    config: Evaluate, env: gym.Env[Any, Any], seeds: list[int], stride: int
+) -> dict[str, Any]:
+    """Return the rates of planning on the simulator; none where it or the planner cannot."""
+    if not isinstance(simulator := env.unwrapped, SimulatorEnv):
+        return {}
+    policy = SimulatorPolicy(simulator, *make_planner(config, env), stride=stride)
+    try:
+        rows = _episodes("simulator", env, policy, seeds, config.budget // stride)
+    except UnsuitedCostError as error:
+        print(f"no ceiling, the true simulator gives only costs: {error}")
+        return {}
+    return {"simulator_ceiling": _rates(rows, config.tolerance)}
 
 
 def _rates(episodes: list[Episode], tolerance: float) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Plan to goal images with a trained world model, and leave a video of it."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,12 @@ from jepa_world.evaluation import (
     unsolved_seeds,
 )
 from jepa_world.interfaces import Planner
-from jepa_world.methods.world_model import load_world_model
-from jepa_world.registry import UserError, did_you_mean
+from jepa_world.methods.world_model import WorldModel, load_world_model
+from jepa_world.objectives import Objective, weighted_sum
+from jepa_world.registry import UserError, did_you_mean, load_function
 from jepa_world.report import Film, FrameBank, write_report
 from jepa_world.runs import Run
-from jepa_world.testing import check_planner
+from jepa_world.testing import check_objective, check_planner
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
@@ -39,7 +42,9 @@ class Planning:
     env: str = "reach"
     """The environment: `reach`, or any Gymnasium id (module:Id-v0)."""
     planner: Part = Part("cem")
-    """Minimises the latent distance to the goal."""
+    """Minimises the objective."""
+    objective: tuple[str, ...] = ("summed_distance",)
+    """What a plan costs: names (effort, smoothness, module:function) with weights, effort=0.1."""
     horizon: int = 10
     """Steps of a plan; only the first is executed before planning again."""
     history: int = 1
@@ -78,7 +83,7 @@ def run(config: Plan) -> None:
     model, description = load_world_model(source, config.trust)
     env = open_env(config, description)
     seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
-    agent = Agent(model, *make_planner(config, env), history=config.history)
+    agent = make_agent(config, env, model)
     steps = model_steps(config, description)
     made.open(config)
     bank = FrameBank.of(env, model)
@@ -171,6 +176,35 @@ def _make_env(name: str, frame: tuple[int, int, int]) -> gym.Env[Any, Any]:
         return env
     env.close()
     return resized
+
+
+def make_agent(config: Planning, env: gym.Env[Any, Any], model: WorldModel) -> Agent:
+    """Return the agent that plans with a model as the configuration says."""
+    planner, start = make_planner(config, env)
+    objective = make_objective(config.objective)
+    check_objective(objective, model.encoder.num_tokens, model.encoder.dim, *start.shape)
+    return Agent(model, planner, start, history=config.history, objective=objective)
+
+
+def make_objective(terms: Sequence[str]) -> Objective:
+    """Return the sum of the objectives that are named, each with its weight: `effort=0.1`.
+
+    Raises:
+        UserError: unknown name, no weight behind the equals sign, or nothing named.
+    """
+    weighted: list[tuple[float, Objective]] = []
+    for term in terms:
+        name, equals, number = term.partition("=")
+        try:
+            weight = float(number) if equals else 1.0
+        except ValueError:
+            weight = math.nan
+        if not 0 <= weight < math.inf:
+            raise UserError(f"--objective {term!r}: {number!r} is no weight, as in effort=0.1")
+        weighted.append((weight, load_function("objective", name)))
+    if not weighted:
+        raise UserError("--objective names nothing to minimise: give summed_distance")
+    return weighted_sum(*weighted)
 
 
 def make_planner(config: Planning, env: gym.Env[Any, Any]) -> tuple[Planner, Tensor]:
