@@ -107,7 +107,10 @@ class GoalCost:
     def foresee(
         self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
     ) -> Float[Tensor, "b s h n d"]:
-        """Predict the latent after every step, were those before it `z`: one call, no rollout."""
+        """Predict the latent after every step, were those before it `z`: one call, no rollout.
+
+        With a `PrefixRollout` predictor, `imagine` is not what this leaves as it is.
+        """
         seen = repeat(self.z, "b t n d -> (b s) t n d", s=plans.shape[1])
         visited = rearrange(z[:, :, :-1], "b s h n d -> (b s) h n d")
         following = self.model.predictor(torch.cat([seen, visited], 1), self._actions(plans))

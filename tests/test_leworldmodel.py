@@ -87,7 +87,7 @@ def test_it_computes_what_stable_worldmodel_computed(named, write):
 
 
 def test_an_agent_rates_plans_as_stable_worldmodel_did(parts):
-    def terminal(z, goal):
+    def terminal(z, plans, goal):
         return (z[:, :, -1] - goal[:, None]).square().sum((-1, -2))
 
     encoder, predictor = parts

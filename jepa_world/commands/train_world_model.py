@@ -60,10 +60,9 @@ class TrainWorldModel(Training):
     """Frames of a training window; the first is encoded, the others are predicted open loop."""
     predict: PredictFlags = PredictFlags()
     """How far ahead latents are predicted, and how the error is measured."""
-    sigreg_weight: float = 0.1
-    """Weight of SIGReg against the prediction error at the start: makes latents hold much."""
-    final_sigreg_weight: float = 0.002
-    """Weight of SIGReg at the end: leaves latents smooth, and distances meaningful."""
+    sigreg_weight: tuple[float, float] = (0.1, 0.002)
+    """Weight of SIGReg against the prediction error at the start, which makes latents hold much,
+    and at the end, which leaves them smooth, and distances meaningful."""
     slices: int = 256
     """Random directions that SIGReg tests at every step."""
     steps: int = 2500
@@ -105,8 +104,8 @@ def run(config: TrainWorldModel) -> None:
         encoder,
         predictor,
         SIGReg(slices=config.slices, seed=config.seed),
-        weight=config.sigreg_weight,
-        final_weight=config.final_sigreg_weight,
+        weight=config.sigreg_weight[0],
+        final_weight=config.sigreg_weight[1],
         steps=config.steps,
         open_loop=config.predict.open_loop,
         distance=config.predict.distance or "l2",
