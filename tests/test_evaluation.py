@@ -153,7 +153,7 @@ def test_random_actions_are_the_floor_and_the_simulator_is_the_ceiling(reach):
 
 def test_the_simulator_is_the_ceiling_of_blocks_of_actions_too(reach):
     seeds, blocks = unsolved_seeds(reach, 4, 0, 0.05), ActionBlocks(reach, 2)
-    low, high = (torch.from_numpy(x) for x in (blocks.action_space.low, blocks.action_space.high))
+    low, high = -torch.ones(4), torch.ones(4)
     policy = SimulatorPolicy(reach.unwrapped, CEM(low, high, 5), torch.zeros(5, 4), stride=2)
     assert success_end([run_episode(blocks, policy, seed, 8) for seed in seeds], 0.05).rate == 1.0
 

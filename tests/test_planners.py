@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -110,7 +112,7 @@ def test_bounds_that_are_no_round_numbers_hold_to_the_last_bit(planner):
         assert (plan >= low).all() and (plan <= high).all()
 
 
-ENOUGH = {  # what brings a planner to the optimum of a smooth cost
+ENOUGH: dict[Any, dict[str, Any]] = {  # what brings a planner to the optimum of a smooth cost
     CEM: {"samples": 200, "elites": 20, "iterations": 40, "min_std": 0.0, "correlation": 0.5},
     ICEM: {"samples": 300, "elites": 20, "iterations": 30, "decay": 1.0},
     MPPI: {"samples": 200, "iterations": 40, "decay": 0.9},
@@ -438,6 +440,7 @@ def test_icem_recalls_its_elites_one_step_on_where_an_episode_goes_on():
     planner = ICEM(LOW, HIGH, 4, elites=10, kept=0.3)
     cost = distance_to(torch.linspace(-0.5, 0.5, 8).view(4, 2))
     plan = planner(cost, torch.zeros(2, 4, 2))
+    assert planner.last is not None
     _, elites = planner.last
     goes_on = torch.cat([plan[:1, 1:], torch.zeros(1, 1, 2)], 1)
     first, *_ = evaluated(planner, torch.cat([goes_on, torch.full((1, 4, 2), 0.5)]))
