@@ -126,7 +126,7 @@ ENOUGH: dict[Any, dict[str, Any]] = {  # what brings a planner to the optimum of
 @pytest.mark.parametrize("planner", SEARCHES)
 def test_it_finds_the_optimum_of_a_quadratic(planner):
     target = torch.linspace(-0.8, 0.8, 10).view(5, 2)
-    options = ENOUGH[planner] | ({"exponent": 0.5} if planner is ICEM else {})
+    options: dict[str, Any] = ENOUGH[planner] | ({"exponent": 0.5} if planner is ICEM else {})
     plan = planner(LOW, HIGH, 5, **options)(distance_to(target), torch.zeros(1, 5, 2))
     assert (plan - target).abs().max() < 0.05
 
