@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from jepa_world.encoders.leworldmodel import LeWorldModelEncoder
 from jepa_world.encoders.vit import SIZES, ViTEncoder
-from jepa_world.nn import AttentiveProbe
+from jepa_world.nn import IMAGENET_MEAN, IMAGENET_STD, AttentiveProbe
 from jepa_world.predictors.block_causal import BlockCausalPredictor
 from jepa_world.predictors.leworldmodel import LeWorldModelPredictor
 from jepa_world.predictors.masked import MaskedTransformer
@@ -148,7 +148,6 @@ _FRAMES = {1024: 64, 1280: 64, 1408: 64}
 _IMAGE_SIZES = {1024: (256, 256), 1280: (256, 256)}  # 1408 was published at 256 and at 384
 _AC_IMAGE_SIZES = {1408: (256, 256)}
 _META_PROBE_HEADS = 16  # whatever the encoder's number
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Architecture(NamedTuple):

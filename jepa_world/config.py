@@ -4,12 +4,13 @@
 both. A field of type `Part` is a swappable component: `--predictor my_pkg.my_module:MyPredictor`
 chooses the class, and every keyword-only argument of its constructor becomes a flag
 (`--predictor.width 512`). `--encoder runs/x` is the trained encoder of a run: its class and its
-options, and `--frozen runs/x`.
+options, and `--frozen runs/x`; a folder of transformers, `--encoder models/dinov2`, is as good.
 """
 
 import dataclasses
 import inspect
 import io
+import json
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -168,6 +169,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} holds {type(values).__name__}, expected keys and values")
+    return cast(dict[str, Any], values)
+
+
 def part_from_dict(values: dict[str, Any]) -> Part:
     """Return the part that `{name: ..., option: ...}` describes."""
     options = dict(values)
@@ -270,13 +286,16 @@ def _join(layers: list[list[str]], parts: dict[str, Part]) -> list[str]:
 
 
 def _saved_parts(words: list[str], parts: dict[str, Part]) -> list[str]:
-    """Write the folder of a run in the place of a part as the part it trained, and `--frozen`."""
+    """Write a folder in the place of a part as the part whose weights it has, and `--frozen`."""
     written: list[str] = []
     for word in words:
         kind = written[-1].lstrip("-").replace("-", "_") if written else ""
         if kind in parts and (Path(word) / "checkpoint" / "config.yaml").is_file():
             flag = written.pop()
             written += [*_flags(_saved_part(Path(word), kind), f"{flag}."), "--frozen", word]
+        elif kind == "encoder" and (Path(word) / "config.json").is_file():
+            flag = written.pop()
+            written += [*_flags(_foreign_encoder(Path(word)), f"{flag}."), "--frozen", word]
         else:
             written.append(word)
     return written
@@ -299,6 +318,41 @@ def _saved_part(run: Path, kind: str) -> dict[str, Any]:
             f"options, and --frozen {run}"
         )
     return cast(dict[str, Any], part)
+
+
+def _foreign_encoder(folder: Path) -> dict[str, Any]:
+    """Return the name and the options of the encoder that a folder of transformers describes.
+
+    Raises:
+        UserError: a file that is not of transformers.
+    """
+    described = read_json(folder / "config.json")
+    names = cast(list[Any], described.get("architectures") or [])
+    if len(names) != 1 or not str(names[0]).endswith("Model"):
+        raise UserError(
+            f"{str(folder / 'config.json')!r} describes {names}, expected one encoder: "
+            "transformers' folder of a model alone, such as Dinov2Model"
+        )
+    return {
+        "name": "transformers",
+        "model": str(names[0]).removesuffix("Model"),
+        "options": [f"{key}={text}" for key, text in _settings(described).items()],
+    }
+
+
+def _settings(described: dict[str, Any]) -> dict[str, str]:
+    """Return what can be set by `name=value`: numbers, switches, words, and lists of numbers."""
+    texts: dict[str, str] = {}
+    for key, value in described.items():
+        if key in ("architectures", "model_type", "transformers_version", "dtype", "torch_dtype"):
+            continue
+        items = cast(list[Any], value) if isinstance(value, list) else [value]
+        if isinstance(value, str):
+            texts[key] = value
+        elif len(items) > 1 or not isinstance(value, list):
+            if all(isinstance(item, int | float) for item in items):
+                texts[key] = ",".join(json.dumps(item) for item in items)
+    return texts
 
 
 def _part_flag(kind: str) -> str:

@@ -7,6 +7,7 @@ n = 1.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -41,6 +42,15 @@ class Encoder(Protocol):
         self, video: Float[Tensor, "b t c hh ww"], keep: Int[Tensor, "b k"] | None = None
     ) -> Tensor:
         """Return latents `(b t' n d)`, or `(b k d)` of the tokens `keep`, indices into t' * n."""
+        ...
+
+
+@runtime_checkable
+class ReadsWeights(Protocol):
+    """An encoder of another library may also offer this: weights in that library's files."""
+
+    def load_weights(self, path: Path) -> None:
+        """Load them, strictly; a file that does not fit is a ValueError."""
         ...
 
 

@@ -1,12 +1,16 @@
 """Train a world model from the pixels and actions of a dataset, end to end."""
 
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import jepa_world
 from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
@@ -14,6 +18,7 @@ from jepa_world.commands import use_one_thread
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Columns, Trajectories
+from jepa_world.interfaces import ReadsWeights
 from jepa_world.losses import Distance
 from jepa_world.methods.vjepa2_ac import VJEPA2AC
 from jepa_world.methods.world_model import WorldModel, build_parts
@@ -54,8 +59,9 @@ class TrainWorldModel(Training):
     predictor: Part = Part("mlp")
     """Maps latents and actions to the next latents."""
     frozen: Path | None = None
-    """Run folder whose encoder is used as it is: only a predictor is trained, by the loss of
-    V-JEPA 2-AC. `--encoder FOLDER` is short for it and the encoder's options."""
+    """Run folder whose encoder is used as it is, or a folder of transformers' or a file of timm's
+    weights: only a predictor is trained, by the loss of V-JEPA 2-AC, on frames that are encoded
+    once. `--encoder FOLDER` is short for it and the encoder's options."""
     frames: int = 4
     """Frames of a training window; the first is encoded, the others are predicted open loop."""
     predict: PredictFlags = PredictFlags()
@@ -83,8 +89,8 @@ def run(config: TrainWorldModel) -> None:
         collect_default(config.data)
     accelerator.wait_for_everyone()
     named = config.columns
-    data = Trajectories(config.data, pixels=named.pixels, action=named.action)
-    training, held_out = data.split(0.05)
+    store = Trajectories(config.data, pixels=named.pixels, action=named.action)
+    training, held_out = store.split(0.05)
     stride = config.predict.stride
 
     torch.manual_seed(config.seed)
@@ -114,7 +120,7 @@ def run(config: TrainWorldModel) -> None:
     check_predictor(predictor, dim, description["action_dim"], num_tokens=tokens)
     method = model
     if config.frozen is not None:
-        load_state(encoder, *encoder_weights(find_checkpoint(config.frozen)))
+        load_frozen(encoder, config.frozen)
         method = VJEPA2AC(
             encoder,
             predictor,
@@ -123,15 +129,21 @@ def run(config: TrainWorldModel) -> None:
         )
     windows = training.windows(config.frames, stride)
     begin(made, config, description, len(windows), accelerator)
-    accelerator.print(data.origin)
+    accelerator.print(store.origin)
     accelerator.print(
         f"{training.num_episodes} episodes, {sum(p.numel() for p in method.parameters()):,} "
         f"parameters, {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
+    if isinstance(method, VJEPA2AC):
+        latents = encode_once(method, store, made.folder / "features.npy", accelerator)
+        if latents is not None:
+            training, held_out = (part.with_latents(latents) for part in (training, held_out))
+
     def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
         batch = training.read(windows[index], config.frames, stride)
-        return {key: torch.from_numpy(batch[key]) for key in ("pixels", "action")}
+        seen = ("pixels", "latent", "action")
+        return {key: torch.from_numpy(batch[key]) for key in seen if key in batch}
 
     last = train(
         method,
@@ -143,7 +155,81 @@ def run(config: TrainWorldModel) -> None:
         evaluate=lambda: latent_health(model, training, held_out, stride=stride),
     )
     if accelerator.is_main_process:
+        (made.folder / "features.npy").unlink(missing_ok=True)
         made.finish({**last, "seed": config.seed})
+
+
+def load_frozen(encoder: nn.Module, path: Path) -> None:
+    """Load the weights of an encoder from a run, or from a file of the library it comes from.
+
+    Raises:
+        UserError: nothing there, or weights of another encoder.
+    """
+    if not isinstance(encoder, ReadsWeights) or (path / "checkpoint").is_dir():
+        load_state(encoder, *encoder_weights(find_checkpoint(path)))
+        return
+    try:
+        encoder.load_weights(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def encode_once(
+    method: VJEPA2AC, store: Trajectories, file: Path, accelerator: Accelerator
+) -> Float[np.ndarray, "f n d"] | None:
+    """Encode every frame of a store into a file of float16, each process its share, and open it.
+
+    Returns:
+        The latents, on the disk; nothing where they would take more than a quarter of what is free
+        there: frames are then encoded in every batch.
+
+    Raises:
+        UserError: a latent that is not finite, or too large for float16.
+    """
+    shape = (int(store.lengths.sum()), method.encoder.num_tokens, method.encoder.dim)
+    needed, free = 2 * math.prod(shape), shutil.disk_usage(file.parent).free
+    if not file.is_file() and needed > free / 4:
+        accelerator.print(f"{needed / 1e9:.1f} GB of latents: frames are encoded in every batch")
+        return None
+    if not file.is_file():
+        part = file.with_name(file.name + ".unfinished")
+        if accelerator.is_main_process:
+            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+        accelerator.wait_for_everyone()
+        _encode_share(method, store, np.load(part, mmap_mode="r+"), accelerator)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            part.replace(file)
+        accelerator.wait_for_everyone()
+    return np.load(file, mmap_mode="r")
+
+
+@torch.no_grad()
+def _encode_share(
+    method: VJEPA2AC,
+    store: Trajectories,
+    latents: Float[np.ndarray, "f n d"],
+    accelerator: Accelerator,
+    *,
+    batch: int = 64,
+) -> None:
+    """Encode this process's share of all frames, batch by batch."""
+    method.to(accelerator.device).eval()
+    starts = range(
+        accelerator.process_index * batch, len(latents), accelerator.num_processes * batch
+    )
+    hidden = not accelerator.is_main_process
+    for start in tqdm(starts, "encoding", disable=hidden, mininterval=1.0):
+        index = np.arange(start, min(start + batch, len(latents)))
+        pixels = torch.from_numpy(store.read(index, 1)["pixels"]).to(accelerator.device)
+        with accelerator.autocast():
+            z = method.encode(pixels)[:, 0].half()
+        if not bool(z.isfinite().all()):
+            raise UserError(
+                f"the encoder's latents of frames {start} to {index[-1]} are not finite"
+            )
+        latents[index] = z.cpu().numpy()
+    method.train()
 
 
 def check_steps_ahead(config: TrainWorldModel) -> None:
@@ -212,11 +298,15 @@ def latent_health(
 def _encoded(
     model: WorldModel, trajectories: Trajectories, frames: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Encode up to 256 windows, spread evenly; with their actions and proprioception, if any."""
+    """Encode up to 256 windows, spread evenly; with their actions and proprioception, if any.
+
+    Of encoders with many tokens fewer, 32 at least.
+    """
     device = next(model.parameters()).device
     windows = trajectories.windows(frames, stride)
-    chosen = windows[np.linspace(0, len(windows) - 1, min(256, len(windows))).astype(int)]
+    count = min(max(32, 256 // model.encoder.num_tokens), len(windows))
+    chosen = windows[np.linspace(0, len(windows) - 1, count).astype(int)]
     batch = trajectories.read(chosen, frames, stride)
     tensors = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
-    z = model.encode(tensors["pixels"]).float()
+    z = tensors["latent"] if "latent" in tensors else model.encode(tensors["pixels"]).float()
     return z, tensors["action"], tensors.get("proprio")

@@ -94,6 +94,7 @@ class Trajectories:
         }
         source = self.names.get("pixels")
         self._frames = None if source is None else _Frames(tables, source, cache_bytes)
+        self._latents: np.ndarray | None = None
         self._episodes = np.arange(len(self._lengths))
 
     @property
@@ -167,9 +168,20 @@ class Trajectories:
         batch = {name: column[rows] for name, column in self._columns.items() if name != "action"}
         if "action" in self._columns:
             batch["action"] = self._actions(rows, stride)
-        if self._frames is not None:
+        if self._latents is not None:
+            batch["latent"] = self._latents[rows].astype(np.float32)
+        elif self._frames is not None:
             batch["pixels"] = self._frames.read(starts, length, stride)
         return batch
+
+    def with_latents(self, latents: Float[np.ndarray, "f n d"]) -> "Trajectories":
+        """Return these episodes with a latent in place of the pixels of every frame of the store.
+
+        Both share the files; a batch holds `latent` (b, t, n, d) in float32.
+        """
+        other = copy.copy(self)
+        other._latents = latents
+        return other
 
     def split(self, fraction: float) -> tuple["Trajectories", "Trajectories"]:
         """Return the first episodes and the last `fraction` of them, held out (at least one each).

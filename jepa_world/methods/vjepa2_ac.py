@@ -68,13 +68,14 @@ class VJEPA2AC(nn.Module):
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of windows: `pixels (b t hh ww c)` bytes, `action (b t a)`.
 
-        Action t leads from frame t to frame t + 1; the last one is not used, nor is the last of
-        `state (b t s)`, where there is one.
+        Frames that were encoded before are given as `latent (b t n d)`. Action t leads from frame t
+        to frame t + 1; the last one is not used, nor is the last of `state (b t s)`, where there is
+        one.
 
         Raises:
             ValueError: a window of no more frames than the rollout has steps.
         """
-        z = self.encode(batch["pixels"])
+        z = batch["latent"] if "latent" in batch else self.encode(batch["pixels"])
         if z.shape[1] <= self.rollout:
             raise ValueError(f"a rollout of {self.rollout} steps in windows of {z.shape[1]} frames")
         given = [batch[name][:, :-1] for name in ("action", "state") if name in batch]
