@@ -76,7 +76,8 @@ class TransformersEncoder(nn.Module):
         accepted = inspect.signature(self.backbone.forward).parameters
         native = settings.get("image_size", side) == side
         self.interpolates = not native and "interpolate_pos_encoding" in accepted
-        self.frames, self.tokens = _Frames(channels, resize), tokens
+        self.frames = _Frames(channels, resize)
+        self.tokens: Tokens = tokens
         self.num_tokens, self.dim = _measure(self, observation_shape)
 
     def forward(
@@ -165,7 +166,8 @@ class TimmEncoder(nn.Module):
         self.backbone = library.create_model(
             model, pretrained=False, num_classes=0, in_chans=observation_shape[1], **size
         )
-        self.frames, self.tokens = _Frames(observation_shape[1], resize), tokens
+        self.frames = _Frames(observation_shape[1], resize)
+        self.tokens: Tokens = tokens
         self.num_tokens, self.dim = _measure(self, observation_shape)
 
     def forward(

@@ -1,5 +1,6 @@
 """Backbones of other libraries, where they are installed."""
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -288,9 +289,9 @@ def test_dino_wm_is_one_configuration(save, call, tiny_data, tiny_words, tmp_pat
 @needs_timm
 @torch.no_grad()
 def test_weights_of_a_file_of_timm_are_loaded_strictly(tmp_path):
-    import timm
-
     from jepa_world.encoders.foreign import TimmEncoder
+
+    timm = importlib.import_module("timm")
 
     torch.manual_seed(0)
     name = "vit_tiny_patch16_224"
