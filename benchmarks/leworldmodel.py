@@ -27,12 +27,11 @@ from transformers import ViTConfig, ViTModel
 
 from jepa_world.checkpoint import save_tensors
 from jepa_world.encoders.pretrained import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     fold_pixel_statistics,
     load_leworldmodel,
 )
 from jepa_world.encoders.vit import SIZES
+from jepa_world.nn import IMAGENET_MEAN, IMAGENET_STD
 
 PUBLISHED = {
     "encoder": {"size": "tiny", "patch_size": 14, "image_size": 224},

@@ -15,13 +15,12 @@ from jepa_world import Agent, SIGReg, WorldModel
 from jepa_world.checkpoint import load_tensors
 from jepa_world.encoders.leworldmodel import LeWorldModelEncoder
 from jepa_world.encoders.pretrained import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     fold_action_statistics,
     fold_pixel_statistics,
     load_leworldmodel,
 )
 from jepa_world.methods.world_model import load_world_model
+from jepa_world.nn import IMAGENET_MEAN, IMAGENET_STD
 from jepa_world.planners.cem import CEM
 from jepa_world.predictors.leworldmodel import LeWorldModelPredictor
 from jepa_world.testing import check_encoder, check_predictor
