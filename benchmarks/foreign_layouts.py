@@ -8,6 +8,7 @@ every frame: `pixels` (bytes, h x w x 3), `action` (the last row leads nowhere) 
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,7 @@ def write_minari(path: Path, episodes: Episodes, *, jpeg: bool = False) -> Path:
 
 def write_minari_arrow(path: Path, episodes: Episodes, *, kind: str = "arrow") -> Path:
     """Write a folder of Minari in Arrow or Parquet: nested columns, frames as JPEG."""
-    import pyarrow as pa
-    import pyarrow.dataset
-
+    pa: Any = import_module("pyarrow")
     for number, episode in enumerate(episodes):
         count = len(episode["action"])
         jpegs = pa.array([as_jpeg(frame) for frame in episode["pixels"]], pa.binary())
@@ -109,7 +108,7 @@ def write_minari_arrow(path: Path, episodes: Episodes, *, kind: str = "arrow") -
             "truncations": pa.array(np.zeros(count, bool)),
         }
         folder = path / "data" / str(number)
-        pyarrow.dataset.write_dataset(pa.table(columns), folder, format=kind)
+        import_module("pyarrow.dataset").write_dataset(pa.table(columns), folder, format=kind)
         (folder / "metadata.json").write_text(json.dumps({"id": number, "total_steps": count - 1}))
     write_minari_metadata(path, episodes, kind, True)
     return path
@@ -160,8 +159,6 @@ def write_lerobot_v2(
     path: Path, episodes: Episodes, *, codec: str = "libx264", embedded: bool = False
 ) -> Path:
     """Write LeRobot v2.1: a file of parquet and a video for every episode."""
-    import pyarrow.parquet
-
     info = lerobot_info("v2.1", episodes, embedded)
     (path / "meta").mkdir(parents=True)
     (path / "meta" / "info.json").write_text(json.dumps(info))
@@ -174,8 +171,7 @@ def write_lerobot_v2(
     for number, episode in enumerate(episodes):
         names = {"episode_chunk": 0, "episode_index": number}
         file = path / info["data_path"].format(**names)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(lerobot_table(episodes, [number], embedded), file)
+        write_parquet(lerobot_table(episodes, [number], embedded), file)
         if not embedded:
             video = path / info["video_path"].format(video_key=CAMERA, **names)
             encode(video, episode["pixels"], codec)
@@ -186,9 +182,7 @@ def write_lerobot_v3(
     path: Path, episodes: Episodes, *, codec: str = "libx264", embedded: bool = False
 ) -> Path:
     """Write LeRobot v3.0: two episodes in a file of parquet, and in a video."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
+    pa: Any = import_module("pyarrow")
     info = lerobot_info("v3.0", episodes, embedded)
     (path / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
     (path / "meta" / "info.json").write_text(json.dumps(info))
@@ -198,8 +192,7 @@ def write_lerobot_v3(
         numbers = range(first, min(first + 2, len(episodes)))
         names = {"chunk_index": 0, "file_index": first // 2}
         file = path / info["data_path"].format(**names)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(lerobot_table(episodes, numbers, embedded), file)
+        write_parquet(lerobot_table(episodes, numbers, embedded), file)
         begin = 0.0
         for number in numbers:
             count = len(episodes[number]["action"])
@@ -218,7 +211,7 @@ def write_lerobot_v3(
             video = path / info["video_path"].format(video_key=CAMERA, **names)
             encode(video, np.concatenate([episodes[n]["pixels"] for n in numbers]), codec)
     table = pa.Table.from_pylist(metas)
-    pyarrow.parquet.write_table(table, path / "meta/episodes/chunk-000/file-000.parquet")
+    write_parquet(table, path / "meta/episodes/chunk-000/file-000.parquet")
     return path
 
 
@@ -262,8 +255,7 @@ def lerobot_info(version: str, episodes: Episodes, embedded: bool) -> dict[str, 
 
 
 def lerobot_table(episodes: Episodes, numbers: Sequence[int], embedded: bool) -> Any:
-    import pyarrow as pa
-
+    pa: Any = import_module("pyarrow")
     tables: list[Any] = []
     for number in numbers:
         episode = episodes[number]
@@ -284,6 +276,11 @@ def lerobot_table(episodes: Episodes, numbers: Sequence[int], embedded: bool) ->
             columns[CAMERA] = pa.array(pictures, kind)
         tables.append(pa.table(columns))
     return pa.concat_tables(tables)
+
+
+def write_parquet(table: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    import_module("pyarrow.parquet").write_table(table, path)
 
 
 def encode(path: Path, frames: np.ndarray, codec: str) -> None:
@@ -313,8 +310,7 @@ def as_file(frame: np.ndarray, kind: str, **options: int) -> bytes:
 
 
 def rows_of_lists(rows: np.ndarray) -> Any:
-    import pyarrow as pa
-
+    pa: Any = import_module("pyarrow")
     kind = pa.list_(pa.from_numpy_dtype(rows.dtype), rows.shape[1])
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), type=kind)
 
