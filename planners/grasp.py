@@ -116,7 +116,7 @@ class GRASP:
         std = ((high - low) * (self.std / 2)).expand_as(plan)
         white = self.draws.normal(self.starts, *plan.shape[1:], like=plan)
         plans = around(plan, std, self.filter.to(plan) @ white, low, high)
-        z = cost.imagine(plans)
+        z = cost.imagine(plans).clone()  # moved in place below
         best, best_cost = cheapest(plans, cost.score(z, plans), 1)
         share, price = to_share(plans, low, high).requires_grad_(), torch.zeros_like(z)
         z.requires_grad_()
