@@ -360,11 +360,37 @@ def test_a_folder_of_lerobot_that_lacks_something_is_refused(tmp_path, layout):
 
 
 @needs_pyarrow
+def test_a_folder_of_lerobot_without_episodes_or_parts_of_its_head_is_refused(tmp_path):
+    path = layouts.write_lerobot_v2(tmp_path / "lerobot", EPISODES)
+    features = json.loads((path / "meta" / "info.json").read_text())["features"]
+    rewrite_json(path / "meta" / "info.json", features=features | {"action": {"shape": [2]}})
+    with pytest.raises(UserError, match=r"info\.json is damaged or cut short \('dtype'\)"):
+        Trajectories(path)
+    (path / "meta" / "episodes.jsonl").write_text("")
+    with pytest.raises(UserError, match="has no episodes"):
+        Trajectories(path)
+
+
+@needs_pyarrow
 def test_rows_that_are_not_those_of_the_episodes_are_refused(tmp_path):
     path = layouts.write_lerobot_v2(tmp_path / "lerobot", EPISODES)
     file = path / "meta" / "episodes.jsonl"
     file.write_text(file.read_text().replace('"length": 7', '"length": 8'))
     with pytest.raises(UserError, match=rf"rows of data/ \({N}\) are not those of .* \({N + 2}\)"):
+        Trajectories(path)
+
+
+def test_a_filter_that_is_missing_is_named_with_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    path = layouts.write_leworldmodel(tmp_path / "lewm.h5", EPISODES)
+    with h5py.File(path, "r+") as file:
+        del file["pixels"]
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((1, 32, 48, 3))
+        properties.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, ())  # Blosc
+        space = h5py.h5s.create_simple((N, 32, 48, 3))
+        h5py.h5d.create(file.id, b"pixels", h5py.h5t.STD_U8LE, space, properties)
+    with pytest.raises(UserError, match=r"/pixels is compressed by filter 32001 .*hdf5plugin"):
         Trajectories(path)
 
 

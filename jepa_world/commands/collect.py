@@ -90,7 +90,12 @@ def collect(config: Collect) -> Path:
             "policy": "ornstein-uhlenbeck",
             "versions": _versions(),
         }
-        write_store(folder, description, partial(_play_all, config), doing="collecting")
+        write_store(
+            *(folder, description, partial(_play_all, config), config.episodes),
+            shard_episodes=config.shard_episodes,
+            jpeg=config.jpeg,
+            doing="collecting",
+        )
     except envs.EnvError as error:
         raise UserError(str(error)) from error
     except OSError as error:

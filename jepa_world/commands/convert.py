@@ -114,7 +114,12 @@ def _write_folder(config: Convert, data: Trajectories, target: Path) -> None:
     if is_complete(target, settings, versions):
         return
     description = {"settings": settings, "versions": versions}
-    write_store(target, description, partial(_episodes, config), doing="converting")
+    write_store(
+        *(target, description, partial(_episodes, config), data.num_episodes),
+        shard_episodes=config.shard_episodes,
+        jpeg=config.jpeg,
+        doing="converting",
+    )
 
 
 def _episodes(config: Convert, indices: list[int]) -> Iterator[Episode]:

@@ -21,12 +21,12 @@ import struct
 import tempfile
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -302,8 +302,8 @@ def _require_filters(dataset: Any) -> None:
             import_module("hdf5plugin")
         except ImportError as error:
             raise UserError(
-                f"{dataset.file.filename}: {dataset.name} is compressed by {name.decode()!r}: "
-                "pip install hdf5plugin"
+                f"{dataset.file.filename}: {dataset.name} is compressed by filter {code} "
+                f"({name.decode() or 'without a name'}): pip install hdf5plugin"
             ) from error
 
 
@@ -342,18 +342,16 @@ def channels_last(stored: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
 
 def over_segments(rows: np.ndarray, read: Callable[[int, int, int, int], np.ndarray]) -> ReadFrames:
     """Return a reader of all rows, from one of the rows of a segment (a file or an episode)."""
-    ends = np.cumsum(rows)
+    ends = np.cumsum(rows).tolist()
+    begins = [0, *ends]
 
     def read_all(first: int, last: int, step: int) -> np.ndarray:
-        asked = range(first, last, step)
-        owners = np.searchsorted(ends, asked, side="right")
         parts: list[np.ndarray] = []
-        for segment, group in groupby(
-            zip(owners.tolist(), asked, strict=True), lambda pair: pair[0]
-        ):
-            own = [row for _, row in group]
-            begin = int(ends[segment] - rows[segment])
-            parts.append(read(segment, own[0] - begin, own[-1] + 1 - begin, step))
+        while first < last:
+            segment = bisect_right(ends, first)
+            begin, end = begins[segment], min(last, ends[segment])
+            parts.append(read(segment, first - begin, end - begin, step))
+            first += step * len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return read_all

@@ -47,39 +47,40 @@ class _Episodes:
 
 def open_lerobot(path: Path) -> tuple[str, list[Table]]:
     """Open a folder of LeRobot, told by its meta/info.json."""
-    info = _json(path / "meta" / "info.json")
-    require(path / "meta" / "info.json", ("codebase_version", "features", "fps"), info)
+    file = path / "meta" / "info.json"
+    info = _json(file)
+    require(file, ("codebase_version", "features", "fps", "data_path"), info)
     version = info["codebase_version"]
     if version not in _LEROBOT:
         known = ", ".join(_LEROBOT)
         raise UserError(f"{path} is LeRobot {version}; read are {known}: convert it with lerobot")
-    episodes = _LEROBOT[version](path, info)
+    with reading(file):
+        return f"LeRobot {version}", [_lerobot_table(path, info, _LEROBOT[version](path, info))]
+
+
+def _lerobot_table(path: Path, info: Mapping[str, Any], episodes: _Episodes) -> Table:
+    if len(episodes.lengths) == 0:
+        raise UserError(f"{path} has no episodes")
     given = _read_parquet(episodes.files, "episode_index", ())
     if not np.array_equal(given, np.repeat(episodes.index, episodes.lengths)):
         raise UserError(
             f"{path}: the rows of data/ ({len(given)}) are not those of the episodes in meta/ "
             f"({episodes.lengths.sum()})"
         )
+    # The middle of a frame: where an episode begins in a video is a sum of rounded durations.
+    times = _read_parquet(episodes.files, "timestamp", ()).astype(np.float64) + 0.5 / info["fps"]
     numbers: dict[str, Callable[[], np.ndarray]] = {}
     pictures: dict[str, Pictures] = {}
     for key, feature in info["features"].items():
-        if feature["dtype"] in ("video", "image"):
-            opens = _lerobot_pictures(key, feature, episodes, info["fps"])
+        if feature["dtype"] == "video":
+            opens = partial(open_videos, *episodes.videos(key), episodes.lengths, times)
+            pictures[key] = Pictures(len(given), _feature_shape(feature), opens)
+        elif feature["dtype"] == "image":
+            opens = partial(_open_parquet_pictures, episodes.files, episodes.rows, key)
             pictures[key] = Pictures(len(given), _feature_shape(feature), opens)
         elif feature["dtype"] != "string":
             numbers[key] = partial(_read_parquet, episodes.files, key, tuple(feature["shape"]))
-    return f"LeRobot {version}", [Table(path, episodes.lengths, numbers, pictures)]
-
-
-def _lerobot_pictures(
-    key: str, feature: Mapping[str, Any], episodes: _Episodes, fps: float
-) -> Callable[[], ReadFrames]:
-    if feature["dtype"] == "image":
-        return partial(_open_parquet_pictures, episodes.files, episodes.rows, key)
-    files, begins = episodes.videos(key)
-    times = _read_parquet(episodes.files, "timestamp", ()).astype(np.float64)
-    # The middle of a frame: where an episode begins is a sum of rounded durations.
-    return partial(open_videos, files, begins, episodes.lengths, times + 0.5 / fps)
+    return Table(path, episodes.lengths, numbers, pictures)
 
 
 def _feature_shape(feature: Mapping[str, Any]) -> Shape:
@@ -156,11 +157,11 @@ def open_minari_arrow(folder: Path) -> tuple[str, list[Table]]:
     )
     if not episodes:
         raise UserError(f"{folder} has no folder 0 of a first episode")
-    lengths = np.array([_arrow_dataset(episode, kind).count_rows() for episode in episodes])
+    lengths = np.array([len(_arrow_column(e, kind, "rewards")) for e in episodes])
     pyarrow = _pyarrow("pyarrow")
     numbers: dict[str, Callable[[], np.ndarray]] = {}
     pictures: dict[str, Pictures] = {}
-    for key, values in _arrow_leaves(_arrow_dataset(episodes[0], kind).head(1)).items():
+    for key, values in _arrow_leaves(_arrow_table(episodes[0], kind).slice(0, 1)).items():
         row = _space_shape(metadata, key)
         if pyarrow.types.is_binary(values.type):
             shape = decoded(values[0].as_py()).shape
@@ -185,10 +186,23 @@ def _space_shape(metadata: Mapping[str, Any], key: str) -> tuple[int, ...] | Non
     return tuple(space["shape"]) if "shape" in space else None
 
 
-def _arrow_dataset(episode: Path, kind: str) -> Any:
-    ignored = ["_", ".", "metadata.json"]
+def _arrow_table(episode: Path, kind: str, columns: list[str] | None = None) -> Any:
+    pyarrow = _pyarrow("pyarrow")
     with reading(episode):
-        return _pyarrow("pyarrow.dataset").dataset(episode, format=kind, ignore_prefixes=ignored)
+        if kind == "parquet":
+            parquet = _pyarrow("pyarrow.parquet")
+            files = map(parquet.ParquetFile, sorted(episode.glob("*.parquet")))
+            tables = [file.read(columns=columns, use_threads=False) for file in files]
+        else:
+            maps = (pyarrow.memory_map(str(file)) for file in sorted(episode.glob("*.arrow")))
+            tables = [_pyarrow("pyarrow.ipc").open_file(file).read_all() for file in maps]
+        return pyarrow.concat_tables(tables)
+
+
+def _arrow_column(episode: Path, kind: str, name: str) -> Any:
+    table = _arrow_table(episode, kind, [name])
+    require(episode, [name], table.column_names)
+    return _whole(table[name])
 
 
 def _arrow_leaves(table: Any) -> dict[str, Any]:
@@ -206,10 +220,10 @@ def _arrow_leaves(table: Any) -> dict[str, Any]:
     return dict(sorted(leaves.items()))
 
 
-def _read_arrow_leaf(episode: Path, kind: str, key: str) -> Any:
+def _arrow_leaf(episode: Path, kind: str, key: str) -> Any:
     name, *path = key.split("/")
+    values = _arrow_column(episode, kind, name)
     with reading(episode):
-        values = _whole(_arrow_dataset(episode, kind).to_table(columns=[name])[name])
         for word in path:
             values = values.field(word)
     return values
@@ -218,9 +232,7 @@ def _read_arrow_leaf(episode: Path, kind: str, key: str) -> Any:
 def _read_arrow(
     episodes: Sequence[Path], kind: str, key: str, row: tuple[int, ...] | None
 ) -> np.ndarray:
-    return np.concatenate(
-        [_to_numpy(e, key, _read_arrow_leaf(e, kind, key), row) for e in episodes]
-    )
+    return np.concatenate([_to_numpy(e, key, _arrow_leaf(e, kind, key), row) for e in episodes])
 
 
 def _open_arrow(
@@ -229,7 +241,7 @@ def _open_arrow(
     binary = _pyarrow("pyarrow").types.is_binary
 
     def read(episode: int, first: int, last: int, step: int) -> np.ndarray:
-        values = _read_arrow_leaf(episodes[episode], kind, key)[first:last:step]
+        values = _arrow_leaf(episodes[episode], kind, key)[first:last:step]
         if binary(values.type):
             return np.stack([decoded(data) for data in values.to_pylist()])
         pictures = _to_numpy(episodes[episode], key, values, row)
@@ -282,7 +294,8 @@ def _whole(column: Any) -> Any:
 def _to_numpy(path: Path, name: str, values: Any, row: tuple[int, ...] | None) -> np.ndarray:
     """Return numbers, or lists of them at any depth, as rows of one shape."""
     types, count = _pyarrow("pyarrow").types, len(values)
-    while types.is_list(values.type) or types.is_fixed_size_list(values.type):
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    while any(is_list(values.type) for is_list in lists):
         values = values.flatten()
     if row is None:
         row = () if len(values) == count else (len(values) // max(count, 1),)

@@ -465,38 +465,40 @@ def write_store(
     folder: Path,
     description: Mapping[str, Any],
     make: Callable[[list[int]], Iterator[Episode]],
+    total: int,
     *,
+    shard_episodes: int,
+    jpeg: bool,
     doing: str,
 ) -> None:
     """Write a folder of shards, or what an interrupted command left out.
 
     Args:
         folder: Where; `is_complete` has seen that nothing else is there.
-        description: What `dataset.yaml` says. Its `settings` hold `episodes`, `shard_episodes` and
-            `jpeg`; the statistics of the actions are added when all is there.
+        description: What `dataset.yaml` says; the statistics of the actions come last.
         make: Yields the episodes of these numbers, in order.
+        total: Number of episodes.
+        shard_episodes: Episodes of a shard.
+        jpeg: Store frames as JPEG.
         doing: What the progress bar says.
     """
-    settings = description["settings"]
     _write_yaml(folder, description)
-    size, total = settings["shard_episodes"], settings["episodes"]
     ranges = {
-        folder / f"shard-{first // size:05d}.h5": range(first, min(first + size, total))
-        for first in range(0, total, size)
+        folder / f"shard-{first // shard_episodes:05d}.h5": range(first, total)[:shard_episodes]
+        for first in range(0, total, shard_episodes)
     }
     todo = {path: indices for path, indices in ranges.items() if not path.exists()}
     wanted = [index for indices in todo.values() for index in indices]
     episodes = make(wanted)
     with tqdm(desc=doing, total=total, initial=total - len(wanted), unit="episode") as progress:
         for path, indices in todo.items():
-            shard = islice(counted(episodes, progress), len(indices))
-            write_shard(path, shard, jpeg=settings["jpeg"])
+            write_shard(path, _counted(islice(episodes, len(indices)), progress), jpeg=jpeg)
     data = Trajectories(folder, columns=["action"])
     action = {"mean": data.action_mean.tolist(), "std": data.action_std.tolist()}
     _write_yaml(folder, {**description, "action": action})
 
 
-def counted(episodes: Iterable[Episode], progress: tqdm) -> Iterator[Episode]:
+def _counted(episodes: Iterable[Episode], progress: tqdm) -> Iterator[Episode]:
     """Yield episodes, each seen by a progress bar."""
     for episode in episodes:
         progress.update()
