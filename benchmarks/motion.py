@@ -4,8 +4,8 @@
     python benchmarks/motion.py windows data/reach data/reach_windows
 
 `items`: every image of the training part in one motion, and half of the test part: OUT/train and
-OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `windows`: four windows of every
-episode, test episodes apart, with joint angles (cosines and sines) and joint rates (rad/s) at the
+OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `windows`: a window at every fifth
+frame, test episodes apart, with joint angles (cosines and sines) and joint rates (rad/s) at the
 last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data OUT` take both.
 """
 

@@ -176,11 +176,18 @@ def test_a_read_out_of_numbers_is_the_ridge_regression_of_scikit_learn(dim):
 
 
 def test_a_read_out_of_features_of_which_some_are_dead_or_double_is_that_of_the_others():
-    z, spoiled = normal(300, 4), torch.zeros(300, 9)
-    spoiled[:, [0, 3, 5, 8]], spoiled[:, 6] = z, z[:, 1]
+    """A dead feature changes nothing; a double one halves the decay of the direction it is in."""
+    z, dead = normal(300, 4), torch.zeros(300, 9)
+    dead[:, [0, 3, 5, 8]] = z
+    double = dead.clone()
+    double[:, 6] = z[:, 1]
     y = torch.stack([z[:, 0] - 2 * z[:, 3], z[:, 1] + normal(300)], 1)
-    found, expected = (linear_probe_r2(x[:200], y[:200], x[200:], y[200:]) for x in (spoiled, z))
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    expected, found, doubled = (
+        linear_probe_r2(x[:200], y[:200], x[200:], y[200:]) for x in (z, dead, double)
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(doubled[0], expected[0])
+    torch.testing.assert_close(doubled[1], expected[1], atol=1e-3, rtol=0)
     assert found[0] == pytest.approx(1) and 0.2 < found[1] < 0.9
 
 

@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,45 +89,13 @@ def run(config: TrainWorldModel) -> None:
     if accelerator.is_main_process and config.data == Path("data/reach"):
         collect_default(config.data)
     accelerator.wait_for_everyone()
-    named = config.columns
+    named, stride = config.columns, config.predict.stride
     store = Trajectories(config.data, pixels=named.pixels, action=named.action)
     training, held_out = store.split(0.05)
-    stride = config.predict.stride
 
     torch.manual_seed(config.seed)
-    description = {
-        "method": "world_model",
-        "env": training.env,
-        "observation_shape": [1, training.frame_shape[2], *training.frame_shape[:2]],
-        "stride": stride,
-        "action_dim": stride * training.action_dim,
-        "encoder": to_dict(config)["encoder"],
-        "predictor": to_dict(config)["predictor"],
-        "jepa_world": jepa_world.__version__,
-    }
-    encoder, predictor = build_parts(description)
-    check_encoder(encoder, tuple(description["observation_shape"]))
-    model = WorldModel(
-        encoder,
-        predictor,
-        SIGReg(slices=config.slices, seed=config.seed),
-        weight=config.sigreg_weight[0],
-        final_weight=config.sigreg_weight[1],
-        steps=config.steps,
-        open_loop=config.predict.open_loop,
-        distance=config.predict.distance or "l2",
-    )
-    dim, tokens = model.encoder.dim, model.encoder.num_tokens
-    check_predictor(predictor, dim, description["action_dim"], num_tokens=tokens)
-    method = model
-    if config.frozen is not None:
-        load_frozen(encoder, config.frozen)
-        method = VJEPA2AC(
-            encoder,
-            predictor,
-            rollout=config.predict.open_loop or min(2, config.frames - 1),
-            distance=config.predict.distance or "l1",
-        )
+    description = describe(config, store)
+    model, method = build_method(config, description)
     windows = training.windows(config.frames, stride)
     begin(made, config, description, len(windows), accelerator)
     accelerator.print(store.origin)
@@ -134,7 +103,6 @@ def run(config: TrainWorldModel) -> None:
         f"{training.num_episodes} episodes, {sum(p.numel() for p in method.parameters()):,} "
         f"parameters, {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-
     if isinstance(method, VJEPA2AC):
         latents = encode_once(method, store, made.folder / "features.npy", accelerator)
         if latents is not None:
@@ -146,10 +114,7 @@ def run(config: TrainWorldModel) -> None:
         return {key: torch.from_numpy(batch[key]) for key in seen if key in batch}
 
     last = train(
-        method,
-        read,
-        len(windows),
-        config,
+        *(method, read, len(windows), config),
         accelerator=accelerator,
         run_dir=made.folder,
         evaluate=lambda: latent_health(model, training, held_out, stride=stride),
@@ -157,6 +122,49 @@ def run(config: TrainWorldModel) -> None:
     if accelerator.is_main_process:
         (made.folder / "features.npy").unlink(missing_ok=True)
         made.finish({**last, "seed": config.seed})
+
+
+def describe(config: TrainWorldModel, data: Trajectories) -> dict[str, Any]:
+    """Return what the checkpoint holds beside the weights: what the model is for, and its parts."""
+    stride = config.predict.stride
+    return {
+        "method": "world_model",
+        "env": data.env,
+        "observation_shape": [1, data.frame_shape[2], *data.frame_shape[:2]],
+        "stride": stride,
+        "action_dim": stride * data.action_dim,
+        "encoder": to_dict(config)["encoder"],
+        "predictor": to_dict(config)["predictor"],
+        "jepa_world": jepa_world.__version__,
+    }
+
+
+def build_method(
+    config: TrainWorldModel, description: dict[str, Any]
+) -> tuple[WorldModel, WorldModel | VJEPA2AC]:
+    """Build the world model, and what trains it: itself, or a predictor on its frozen encoder.
+
+    Its parts may be anybody's, and keep their contracts.
+    """
+    encoder, predictor = build_parts(description)
+    check_encoder(encoder, tuple(description["observation_shape"]))
+    start, end = config.sigreg_weight
+    model = WorldModel(
+        *(encoder, predictor, SIGReg(slices=config.slices, seed=config.seed)),
+        weight=start,
+        final_weight=end,
+        steps=config.steps,
+        open_loop=config.predict.open_loop,
+        distance=config.predict.distance or "l2",
+    )
+    dim, tokens = model.encoder.dim, model.encoder.num_tokens
+    check_predictor(predictor, dim, description["action_dim"], num_tokens=tokens)
+    if config.frozen is None:
+        return model, model
+    load_frozen(encoder, config.frozen)
+    rollout = config.predict.open_loop or min(2, config.frames - 1)
+    distance = config.predict.distance or "l1"
+    return model, VJEPA2AC(encoder, predictor, rollout=rollout, distance=distance)
 
 
 def load_frozen(encoder: nn.Module, path: Path) -> None:
