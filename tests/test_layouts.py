@@ -360,6 +360,20 @@ def test_a_folder_of_lerobot_that_lacks_something_is_refused(tmp_path, layout):
 
 
 @needs_pyarrow
+def test_lerobot_v2_0_is_read_as_its_successor_is(tmp_path):
+    """It differs in files of statistics only, which are not read."""
+    path = layouts.write_lerobot_v2(tmp_path / "lerobot", EPISODES)
+    newer = Trajectories(path)
+    rewrite_json(path / "meta" / "info.json", codebase_version="v2.0")
+    older = Trajectories(path)
+    assert (newer.layout, older.layout) == ("LeRobot v2.1", "LeRobot v2.0")
+    windows = newer.windows(4)[::7]
+    expected = newer.read(windows, 4)
+    for name, rows in older.read(windows, 4).items():
+        np.testing.assert_array_equal(rows, expected[name])
+
+
+@needs_pyarrow
 def test_a_folder_of_lerobot_without_episodes_or_parts_of_its_head_is_refused(tmp_path):
     path = layouts.write_lerobot_v2(tmp_path / "lerobot", EPISODES)
     features = json.loads((path / "meta" / "info.json").read_text())["features"]

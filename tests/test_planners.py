@@ -533,6 +533,19 @@ def test_grasp_names_a_cost_without_latents():
         GRASP(LOW, HIGH, 3)(lambda actions: actions.sum((-1, -2)), torch.zeros(1, 3, 2))
 
 
+def test_grasp_leaves_the_latents_that_a_cost_handed_out_as_they_are():
+    class Keeping(System):
+        def imagine(self, plans):
+            z = super().imagine(plans)
+            kept.append((z, z.clone()))
+            return z
+
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    system = Keeping(lambda z, action: z + action, torch.ones(1, 2), LINEAR.stage)
+    GRASP(LOW, HIGH, 6)(system, torch.zeros(1, 6, 2))
+    assert all(torch.equal(z, before) and not z.requires_grad for z, before in kept)
+
+
 def test_grasp_follows_slopes_through_single_steps_and_never_through_a_rollout():
     class Counting(System):
         rollouts = steps = 0
