@@ -699,6 +699,9 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     described = path.parent / "config.json"
     try:
         config = json.loads(described.read_text()) if described.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(described)!r} cannot be read: {error}") from error
+    try:
         content = _tensors_of_file(path)
     except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -162,6 +162,9 @@ def test_files_that_are_missing_or_damaged_are_one_line(write, tmp_path):
     (folder / "weights.pt").unlink()
     with pytest.raises(ValueError, match="No such file"):
         load_leworldmodel(folder)
+    (write() / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json' cannot be read: Expecting"):
+        load_leworldmodel(folder)
     (write() / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json beside its weights"):
         load_leworldmodel(folder)
