@@ -36,6 +36,7 @@ from PIL import Image
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.data.trajectories import Trajectories
 from jepa_world.encoders.conv import ConvEncoder
+from jepa_world.training import native_precision
 
 WINDOWS, FRAMES = 64, 4  # of a training batch
 BATCH, LONG = 8, 16  # of the comparison of layouts
@@ -79,7 +80,7 @@ def training_step(data: Trajectories) -> Callable[[], None]:
     pixels = torch.from_numpy(data.read(data.windows(FRAMES)[:WINDOWS], FRAMES)["pixels"])
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_precision() == "bf16"):
             z = encoder(pixels.permute(0, 1, 4, 2, 3) / 255)
         z.float().square().mean().backward()
 

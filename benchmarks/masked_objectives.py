@@ -36,7 +36,7 @@ from jepa_world.nn import Projector, take_tokens
 from jepa_world.predictors.masked import MaskedTransformer
 from jepa_world.probes import effective_rank, few_shot, knn_probe, linear_probe, whiten
 from jepa_world.sigreg import SIGReg, sigreg
-from jepa_world.training import batch_index, learning_rate
+from jepa_world.training import batch_index, learning_rate, native_precision
 
 SIDE, PATCH, TOKENS, DIM, BATCH = 28, 7, 16, 64, 128
 
@@ -224,7 +224,7 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, lr)
         index = torch.from_numpy(batch_index(len(images), BATCH, seed, step))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_precision() == "bf16"):
             loss = method({"pixels": images[index], "index": index}, step).loss
         optimizer.zero_grad()
         loss.backward()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported once a process group is there, it would keep it alive
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float, Int

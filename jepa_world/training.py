@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from jaxtyping import Int
@@ -57,8 +57,9 @@ class Training:
     """Weight decay of AdamW, on matrices and kernels."""
     seed: int = 0
     """Of weights, batches, slices and all else that is random."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Mixed precision of the networks; SIGReg and the loss are float32."""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Mixed precision of the networks, SIGReg and the loss stay float32; auto: bf16 where the
+    device multiplies it natively."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 500
@@ -133,6 +134,7 @@ def train(
         if (done % config.checkpoint_every == 0 or last) and accelerator.is_main_process:
             _save_training(run_dir, method, optimizer, accelerator, done)
     accelerator.wait_for_everyone()
+    model, prepared = accelerator.free_memory(model, prepared)  # they hold the process group
     accelerator.end_training()
     return log.last
 
@@ -171,11 +173,23 @@ def make_accelerator(precision: str, log_with: str, run_dir: Path) -> Accelerato
     if log_with not in ("none", *map(str, get_available_trackers())):
         raise UserError(f"--log-with {log_with}: not installed; pip install {log_with}")
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=native_precision() if precision == "auto" else precision,
         log_with=None if log_with == "none" else log_with,
         project_dir=run_dir,
     )
     return accelerator
+
+
+def native_precision() -> str:
+    """Return "bf16" if this process's device multiplies bfloat16 natively, else "no".
+
+    A CPU without such instructions emulates them, more than ten times slower than float32.
+    """
+    device = PartialState().device.type
+    on_cpu = device == "cpu" and torch.backends.mkldnn.is_available()
+    if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bf16"
+    return "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "no"
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -278,6 +278,7 @@ def test_example_of_the_page_runs():
 
 WORKER = """
 import sys
+from pathlib import Path
 import torch
 from accelerate import Accelerator
 from jepa_world.sigreg import SIGReg, anderson_darling
@@ -300,7 +301,10 @@ for name, options in {
     result = [loss.detach(), *(p.grad for p in encoder.parameters())]
     torch.save(result, f"{folder}/{name}-{accelerator.num_processes}-{rank}.pt")
 accelerator.wait_for_everyone()
+encoder, loss = accelerator.free_memory(encoder, loss)
 accelerator.end_training()
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), "one may meet the interpreter in its end"
 """
 
 

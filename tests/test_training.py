@@ -290,6 +290,8 @@ train(
     Training(steps=5, batch_size=8, lr=1e-2, weight_decay=1e-3, log_every=1, checkpoint_every=5),
     accelerator=make_accelerator("no", "none", folder), run_dir=folder,
 )
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), "one may meet the interpreter in its end"
 """
 
 

@@ -59,7 +59,7 @@ class Probe:
     """Judge on images held out of the training part, and leave the test part untouched."""
     supervised_steps: int = 0
     """Also train the same encoder with labels, for so many steps of 256 images."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Mixed precision of that training; features are judged in float32."""
     cells: int = 1
     """Read tokens out as means over so many times so many parts of the image, one behind the other:

@@ -50,7 +50,7 @@ class ProbeVideo:
     """Videos that probes are fitted on, and half as many that they are judged on."""
     supervised_steps: int = 0
     """Also train the encoder with labels for so many steps of 64, in order and shuffled."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Mixed precision of that training; features are judged in float32."""
     seed: int = 0
     """Of the random encoder, of probes and of shuffled frames."""
