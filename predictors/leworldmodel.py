@@ -5,14 +5,30 @@
     z_{t+1} = head(norm(x_t)), a perceptron with batch norm
 
 (https://arxiv.org/abs/2603.19312, section 3.) `adaln` is its smaller, residual relative.
+
+A rollout does each piece of work once. Until the window slides, a step runs its new token alone,
+beside what is kept of the others; from then on every position is another one, and nothing can be
+kept. Of the last block and of the head only the last token is needed. And attention is computed
+relative to the first token of the window, y_0: its weights p do not change when the same vector is
+taken from all keys, and they sum to one, so that
+
+    k_j = W_k (y_j - y_0),  v_j = W_v (y_j - y_0),  p = softmax(0, q k_1, .., q k_j)
+    attend(y_i) = W_o W_v y_0 + W_o sum_{j >= 1} p_j v_j
+
+and the first token needs neither query nor key nor value, only W_o W_v y_0.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from jepa_world.nn import MLP, Attention, BatchNorm, roll_window, slide_window
+
+ROWS = 512  # sequences rolled out together: more need memory and save no time
 
 
 class LeWorldModelPredictor(nn.Module):
@@ -84,8 +100,34 @@ class LeWorldModelPredictor(nn.Module):
     def rollout(
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
     ) -> Float[Tensor, "b h n d"]:
-        """Return the h = u - t + 1 latents after z; a step computes its last window only."""
-        return roll_window(self._window, self.history, z, self.modulation(action))
+        """Return the h = u - t + 1 latents after z; a step computes its last window only.
+
+        In training, dropout and batch norm see whole windows.
+        """
+        if self.training or z.shape[2] > 1:
+            return roll_window(self._window, self.history, z, self.modulation(action))
+        parts = zip(z.squeeze(2).split(ROWS), action.split(ROWS), strict=True)
+        alone = [block.attends_alone() for block in self.blocks]
+        return torch.cat([self._roll(*part, alone) for part in parts]).unsqueeze(2)
+
+    def _roll(
+        self, z: Float[Tensor, "b t d"], action: Float[Tensor, "b u a"], alone: list[Tensor]
+    ) -> Float[Tensor, "b h d"]:
+        """Roll out steps of one token; `alone` holds the matrix W_o W_v of every block."""
+        known, modulation = z.shape[1], self.modulation(action)
+        begin, end, kept = 0, 0, [None] * len(alone)
+        for step in range(known, action.shape[1] + 1):
+            if step == known or step > self.history:
+                begin = end = max(0, step - self.history)
+                kept = [None] * len(alone)
+            x = z[:, end:step] + self.positions[end - begin : step - begin]
+            parts = modulation[:, end:step].chunk(len(alone), -1)
+            for index, block in enumerate(self.blocks):
+                needed = 1 if index + 1 == len(alone) else x.shape[1]
+                x, kept[index] = block.extend(x, parts[index], alone[index], kept[index], needed)
+            z = torch.cat([z, self.head(self.norm(x[:, -1:])).to(z.dtype)], 1)
+            end = step
+        return z[:, known:]
 
     def _window(self, z: Tensor, modulation: Tensor) -> Tensor:
         """Predict from at most `history` steps `(b k n d)`, modulated by their actions."""
@@ -98,6 +140,15 @@ class LeWorldModelPredictor(nn.Module):
         for block, part in zip(self.blocks, parts, strict=True):
             x = block(x, part, mask)
         return rearrange(self.head(self.norm(x)), "b (k n) d -> b k n d", n=tokens).to(z.dtype)
+
+
+class _Kept(NamedTuple):
+    """What the attention of a block keeps of a window; j tokens behind the first."""
+
+    first: Float[Tensor, "b 1 d"]
+    attended: Float[Tensor, "b 1 d"]  # by the first, which sees itself alone
+    keys: Float[Tensor, "b j h e"]  # relative to the first token's, as the values are
+    values: Float[Tensor, "b j h e"]
 
 
 class _Block(nn.Module):
@@ -119,3 +170,59 @@ class _Block(nn.Module):
         x = x + gate1 * self.dropout(self.attention(y, mask))
         y = self.norm2(torch.addcmul(shift2, self.plain(x), 1 + scale2))
         return x + gate2 * self.dropout(self.mlp(y))
+
+    def attends_alone(self) -> Float[Tensor, "d d"]:
+        """Return the matrix W_o W_v, by which a token that sees itself alone attends."""
+        _, _, value = self.attention.qkv.weight.chunk(3)
+        return self.attention.out.weight @ value
+
+    def extend(
+        self, x: Tensor, modulation: Tensor, alone: Tensor, kept: _Kept | None, needed: int
+    ) -> tuple[Tensor, _Kept]:
+        """Return the last `needed` of new tokens `(b l d)`, and what is kept of the window.
+
+        Equal to `forward` of the whole window, without dropout.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+        y = self.norm1(torch.addcmul(shift1, self.plain(x), 1 + scale1))
+        y, kept = self._attend_relative(y, alone, kept, needed)
+        last = (x, gate1, shift2, scale2, gate2)
+        x, gate1, shift2, scale2, gate2 = (part[:, -needed:] for part in last)
+        x = torch.addcmul(x, gate1, y)
+        y = self.norm2(torch.addcmul(shift2, self.plain(x), 1 + scale2))
+        return torch.addcmul(x, gate2, self.mlp(y)), kept
+
+    def _attend_relative(
+        self, y: Tensor, alone: Tensor, kept: _Kept | None, needed: int
+    ) -> tuple[Tensor, _Kept]:
+        """Attend to all tokens before, relative to the first: see the top of the file."""
+        out, heads = self.attention.out, self.attention.heads
+        query, key_value = self.attention.qkv.weight.tensor_split([out.in_features])
+        attended = []
+        if kept is None:
+            first, y = y[:, :1], y[:, 1:]
+            attended = [F.linear(first, alone, out.bias)]
+            none = y.new_empty(len(y), 0, heads, out.in_features // heads)
+            kept = _Kept(first, attended[0], none, none)
+        new = F.linear(y - kept.first, key_value)
+        new = rearrange(new, "b j (two h e) -> two b j h e", two=2, h=heads)
+        k, v = torch.cat([kept.keys, new[0]], 1), torch.cat([kept.values, new[1]], 1)
+        q = rearrange(F.linear(y[:, -needed:], query), "b i (h e) -> b i h e", h=heads)
+        seen = rearrange(_attend_to_few(q, k, v), "b i h e -> b i (h e)")
+        attended.append(kept.attended + F.linear(seen, out.weight))
+        return torch.cat(attended, 1)[:, -needed:], kept._replace(keys=k, values=v)
+
+
+def _attend_to_few(
+    q: Float[Tensor, "b i h e"], k: Float[Tensor, "b j h e"], v: Float[Tensor, "b j h e"]
+) -> Float[Tensor, "b i h e"]:
+    """Let the last i of j tokens attend to those before, and to one of key and value 0.
+
+    Written out: among three tokens torch's attention takes four times as long.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    ahead = q.new_ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
+    scores = torch.linalg.vecdot(q[:, :, None], k[:, None]) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(ahead[..., None], -torch.inf)
+    weights = F.pad(scores, (0, 0, 1, 0)).softmax(2)[:, :, 1:]
+    return (weights[..., None] * v[:, None]).sum(2)
