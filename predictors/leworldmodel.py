@@ -106,28 +106,31 @@ class LeWorldModelPredictor(nn.Module):
         """
         if self.training or z.shape[2] > 1:
             return roll_window(self._window, self.history, z, self.modulation(action))
-        parts = zip(z.squeeze(2).split(ROWS), action.split(ROWS), strict=True)
         alone = [block.attends_alone() for block in self.blocks]
-        return torch.cat([self._roll(*part, alone) for part in parts]).unsqueeze(2)
+        parts = zip(z.squeeze(2).split(ROWS), action.split(ROWS), strict=True)
+        future = torch.cat([self._roll(*part, alone) for part in parts], 1)
+        return rearrange(future, "h b d -> b h 1 d")
 
     def _roll(
         self, z: Float[Tensor, "b t d"], action: Float[Tensor, "b u a"], alone: list[Tensor]
-    ) -> Float[Tensor, "b h d"]:
+    ) -> Float[Tensor, "h b d"]:
         """Roll out steps of one token; `alone` holds the matrix W_o W_v of every block."""
-        known, modulation = z.shape[1], self.modulation(action)
+        latents = list(z.unbind(1))
+        known, modulation = len(latents), self.modulation(action.transpose(0, 1))
         begin, end, kept = 0, 0, [None] * len(alone)
-        for step in range(known, action.shape[1] + 1):
+        for step in range(known, len(modulation) + 1):
             if step == known or step > self.history:
                 begin = end = max(0, step - self.history)
                 kept = [None] * len(alone)
-            x = z[:, end:step] + self.positions[end - begin : step - begin]
-            parts = modulation[:, end:step].chunk(len(alone), -1)
+            positions = self.positions[end - begin : step - begin, None]
+            x = torch.stack(latents[end:step]) + positions
+            parts = modulation[end:step].chunk(len(alone), -1)
             for index, block in enumerate(self.blocks):
-                needed = 1 if index + 1 == len(alone) else x.shape[1]
+                needed = 1 if index + 1 == len(alone) else len(x)
                 x, kept[index] = block.extend(x, parts[index], alone[index], kept[index], needed)
-            z = torch.cat([z, self.head(self.norm(x[:, -1:])).to(z.dtype)], 1)
+            latents.append(self.head(self.norm(x[-1])).to(z.dtype))
             end = step
-        return z[:, known:]
+        return torch.stack(latents[known:])
 
     def _window(self, z: Tensor, modulation: Tensor) -> Tensor:
         """Predict from at most `history` steps `(b k n d)`, modulated by their actions."""
@@ -143,12 +146,12 @@ class LeWorldModelPredictor(nn.Module):
 
 
 class _Kept(NamedTuple):
-    """What the attention of a block keeps of a window; j tokens behind the first."""
+    """What the attention of a block keeps of a window."""
 
-    first: Float[Tensor, "b 1 d"]
-    attended: Float[Tensor, "b 1 d"]  # by the first, which sees itself alone
-    keys: Float[Tensor, "b j h e"]  # relative to the first token's, as the values are
-    values: Float[Tensor, "b j h e"]
+    first: Float[Tensor, "b d"]
+    attended: Float[Tensor, "b d"]  # by the first, which sees itself alone
+    keys: list[Float[Tensor, "b h e"]]  # of those behind the first, relative to it
+    values: list[Float[Tensor, "b h e"]]
 
 
 class _Block(nn.Module):
@@ -179,7 +182,7 @@ class _Block(nn.Module):
     def extend(
         self, x: Tensor, modulation: Tensor, alone: Tensor, kept: _Kept | None, needed: int
     ) -> tuple[Tensor, _Kept]:
-        """Return the last `needed` of new tokens `(b l d)`, and what is kept of the window.
+        """Return the last `needed` of new tokens `(l b d)`, and what is kept of the window.
 
         Equal to `forward` of the whole window, without dropout.
         """
@@ -187,7 +190,7 @@ class _Block(nn.Module):
         y = self.norm1(torch.addcmul(shift1, self.plain(x), 1 + scale1))
         y, kept = self._attend_relative(y, alone, kept, needed)
         last = (x, gate1, shift2, scale2, gate2)
-        x, gate1, shift2, scale2, gate2 = (part[:, -needed:] for part in last)
+        x, gate1, shift2, scale2, gate2 = (part[-needed:] for part in last)
         x = torch.addcmul(x, gate1, y)
         y = self.norm2(torch.addcmul(shift2, self.plain(x), 1 + scale2))
         return torch.addcmul(x, gate2, self.mlp(y)), kept
@@ -200,29 +203,34 @@ class _Block(nn.Module):
         query, key_value = self.attention.qkv.weight.tensor_split([out.in_features])
         attended = []
         if kept is None:
-            first, y = y[:, :1], y[:, 1:]
+            first, y = y[0], y[1:]
             attended = [F.linear(first, alone, out.bias)]
-            none = y.new_empty(len(y), 0, heads, out.in_features // heads)
-            kept = _Kept(first, attended[0], none, none)
-        new = F.linear(y - kept.first, key_value)
-        new = rearrange(new, "b j (two h e) -> two b j h e", two=2, h=heads)
-        k, v = torch.cat([kept.keys, new[0]], 1), torch.cat([kept.values, new[1]], 1)
-        q = rearrange(F.linear(y[:, -needed:], query), "b i (h e) -> b i h e", h=heads)
-        seen = rearrange(_attend_to_few(q, k, v), "b i h e -> b i (h e)")
-        attended.append(kept.attended + F.linear(seen, out.weight))
-        return torch.cat(attended, 1)[:, -needed:], kept._replace(keys=k, values=v)
+            kept = _Kept(first, attended[0], [], [])
+        if len(y):
+            q = rearrange(F.linear(y[-needed:], query), "i b (h e) -> i b h e", h=heads)
+            new = F.linear(y - kept.first, key_value)
+            new = rearrange(new, "j b (two h e) -> two j b h e", two=2, h=heads)
+            keys, values = ([*old, *tokens] for old, tokens in zip(kept[2:], new, strict=True))
+            kept = kept._replace(keys=keys, values=values)
+            sees = range(len(keys) - len(q) + 1, len(keys) + 1)
+            seen = [_attend(one, keys[:n], values[:n]) for one, n in zip(q, sees, strict=True)]
+            seen = rearrange(seen, "i b h e -> i b (h e)")
+            attended += kept.attended + F.linear(seen, out.weight)
+        return torch.stack(attended[-needed:]), kept
 
 
-def _attend_to_few(
-    q: Float[Tensor, "b i h e"], k: Float[Tensor, "b j h e"], v: Float[Tensor, "b j h e"]
-) -> Float[Tensor, "b i h e"]:
-    """Let the last i of j tokens attend to those before, and to one of key and value 0.
+def _attend(
+    q: Float[Tensor, "b h e"],
+    keys: list[Float[Tensor, "b h e"]],
+    values: list[Float[Tensor, "b h e"]],
+) -> Float[Tensor, "b h e"]:
+    """Attend to a few tokens, and to one of key and value 0.
 
     Written out: among three tokens torch's attention takes four times as long.
     """
-    queries, keys = q.shape[1], k.shape[1]
-    ahead = q.new_ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
-    scores = torch.linalg.vecdot(q[:, :, None], k[:, None]) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(ahead[..., None], -torch.inf)
-    weights = F.pad(scores, (0, 0, 1, 0)).softmax(2)[:, :, 1:]
-    return (weights[..., None] * v[:, None]).sum(2)
+    scores = torch.stack([torch.linalg.vecdot(q, key) for key in keys], -1)
+    weights = F.pad(scores * q.shape[-1] ** -0.5, (1, 0)).softmax(-1)[..., 1:, None]
+    seen = weights[..., 0, :] * values[0]
+    for index, value in enumerate(values[1:], 1):
+        seen = torch.addcmul(seen, weights[..., index, :], value)
+    return seen
