@@ -215,7 +215,7 @@ class _Block(nn.Module):
             sees = range(len(keys) - len(q) + 1, len(keys) + 1)
             seen = [_attend(one, keys[:n], values[:n]) for one, n in zip(q, sees, strict=True)]
             seen = rearrange(seen, "i b h e -> i b (h e)")
-            attended += kept.attended + F.linear(seen, out.weight)
+            attended.extend(kept.attended + F.linear(seen, out.weight))
         return torch.stack(attended[-needed:]), kept
 
 

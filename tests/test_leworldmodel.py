@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
+from planning import HORIZON, leworldmodel_agent, random_plans
 
 from jepa_world import Agent, SIGReg, WorldModel
 from jepa_world.checkpoint import load_tensors
@@ -19,7 +20,7 @@ from jepa_world.encoders.pretrained import (
     fold_pixel_statistics,
     load_leworldmodel,
 )
-from jepa_world.methods.world_model import load_world_model
+from jepa_world.methods.world_model import load_world_model, rollout
 from jepa_world.nn import IMAGENET_MEAN, IMAGENET_STD
 from jepa_world.planners.cem import CEM
 from jepa_world.predictors.leworldmodel import LeWorldModelPredictor
@@ -98,6 +99,47 @@ def test_an_agent_rates_plans_as_stable_worldmodel_did(parts):
     agent.act(pixels[:, 0])
     with torch.no_grad():
         near(agent.cost(RECORD["plans"]), RECORD["cost"])
+
+
+def shaken(**options):
+    """A small predictor that is far from doing nothing."""
+    torch.manual_seed(0)
+    shape = {"depth": 2, "heads": 3, "head_dim": 8, "hidden": 24, "head": 20}
+    predictor = LeWorldModelPredictor(12, 4, **shape, **options).eval()
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return predictor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (520, 1), (3, 2)])
+@pytest.mark.parametrize("known", [1, 3, 6])
+@pytest.mark.parametrize("history", [1, 3, 4])
+def test_a_rollout_is_whole_windows_one_after_the_other(history, known, batch, tokens):
+    predictor = shaken(history=history)
+    z, action = torch.randn(batch, known, tokens, 12), torch.randn(batch, known + 5, 4)
+    near(predictor.rollout(z, action), rollout(predictor, z, action))
+
+
+def test_slopes_of_a_rollout_are_those_of_whole_windows():
+    predictor = shaken()
+    z, action = torch.randn(2, 1, 1, 12), torch.randn(2, 5, 4, requires_grad=True)
+    futures = predictor.rollout(z, action), rollout(predictor, z, action)
+    found, expected = (torch.autograd.grad(f.square().sum(), action)[0] for f in futures)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_in_training_a_rollout_has_dropout():
+    predictor = shaken(dropout=0.5).train()
+    z, action = torch.randn(4, 1, 1, 12), torch.randn(4, 5, 4)
+    assert not torch.equal(predictor.rollout(z, action), predictor.rollout(z, action))
+
+
+@torch.no_grad()
+def test_costs_in_the_published_size_are_those_of_the_published_loop():
+    agent, published, _ = leworldmodel_agent(1)
+    plans = random_plans(6, HORIZON)
+    torch.testing.assert_close(agent.cost(plans), published(plans), atol=0, rtol=1e-4)
 
 
 def test_the_weights_file_may_be_named_itself(write):
