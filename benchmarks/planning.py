@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_world import Agent, SIGReg, WorldModel, load_world_model
+from jepa_world.agent import GoalCost
 from jepa_world.commands.plan import Planning, make_planner, open_env, shipped
 from jepa_world.config import Part
 from jepa_world.encoders.leworldmodel import LeWorldModelEncoder
@@ -88,8 +89,9 @@ def compare(
 
 
 def median(lines: list[Line]) -> Line:
-    numbers = (statistics.median(column) for column in list(zip(*lines, strict=True))[:3])
-    return Line(*numbers, lines[-1].said)
+    columns = ([line.cpu, line.wall, line.megabytes] for line in lines)
+    cpu, wall, megabytes = map(statistics.median, zip(*columns, strict=True))
+    return Line(cpu, wall, megabytes, lines[-1].said)
 
 
 def timed(run: Callable[[], object], repeats: int = 1, said: str = "") -> Line:
@@ -208,9 +210,15 @@ def our_plan(iterations: int) -> Line:
 
 
 def in_variant(agent: Agent, variant: Variant) -> Any:
-    """Compile the agent's predictor, or return the context of half precision."""
+    """Compile the agent's predictor, or return the context of half precision.
+
+    Of LeWorldModel's, the perceptrons: its whole rollout takes many minutes to compile.
+    """
     predictor: Any = agent.model.predictor
-    if variant == "compiled":
+    if variant == "compiled" and isinstance(predictor, LeWorldModelPredictor):
+        for block in predictor.blocks:
+            block.mlp = torch.compile(block.mlp, dynamic=False)
+    elif variant == "compiled":
         predictor.rollout = torch.compile(predictor.rollout, dynamic=False)
     return torch.autocast("cpu", torch.bfloat16) if variant == "bf16" else nullcontext()
 
@@ -354,7 +362,8 @@ def success(count: int, variant: Variant, **options: int) -> Line:
     with in_variant(agent, variant):
         rows = [run_episode(env, ModelPolicy(agent), seed, config.budget) for seed in seeds]
         rates = [success_end(rows, tolerance) for tolerance in (0.05, 0.02)]
-        line = timed(lambda: agent.act(torch.zeros(1, *env.observation_space.shape).byte()), 40)
+        picture = torch.from_numpy(env.reset(seed=0)[0])[None]
+        line = timed(lambda: agent.act(picture), 40)
     said = " / ".join(f"{r.rate:.0%} ({r.low:.0%} to {r.high:.0%})" for r in rates)
     return line._replace(said=said)
 
@@ -378,11 +387,10 @@ def grow_leworldmodel() -> dict[str, dict[int, float]]:
     agent, _, _ = leworldmodel_agent(1)
     z, goal = agent.z, agent.goal
 
-    def rate(samples: int = 100, horizon: int = HORIZON, episodes: int = 1) -> Callable[[], None]:
+    def rate(samples: int = 100, horizon: int = HORIZON, episodes: int = 1) -> Callable[[], object]:
         seen, wanted = z.expand(episodes, -1, -1, -1), goal.expand(episodes, -1, -1)
-        cost = type(agent.cost)(
-            agent.model, seen, z.new_zeros(episodes, 0, ACTION), wanted, terminal
-        )
+        none = z.new_zeros(episodes, 0, ACTION)
+        cost = GoalCost(agent.model, seen, none, wanted, terminal)
         plans = random_plans(samples, horizon, episodes)
         return lambda: cost(plans)
 

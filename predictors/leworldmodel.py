@@ -18,7 +18,7 @@ taken from all keys, and they sum to one, so that
 and the first token needs neither query nor key nor value, only W_o W_v y_0.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ class LeWorldModelPredictor(nn.Module):
         """
         if self.training or z.shape[2] > 1:
             return roll_window(self._window, self.history, z, self.modulation(action))
-        alone = [block.attends_alone() for block in self.blocks]
+        alone = [cast(_Block, block).attends_alone() for block in self.blocks]
         parts = zip(z.squeeze(2).split(ROWS), action.split(ROWS), strict=True)
         future = torch.cat([self._roll(*part, alone) for part in parts], 1)
         return rearrange(future, "h b d -> b h 1 d")
@@ -117,17 +117,20 @@ class LeWorldModelPredictor(nn.Module):
         """Roll out steps of one token; `alone` holds the matrix W_o W_v of every block."""
         latents = list(z.unbind(1))
         known, modulation = len(latents), self.modulation(action.transpose(0, 1))
-        begin, end, kept = 0, 0, [None] * len(alone)
+        begin, end = 0, 0
+        kept: list[_Kept | None] = []
         for step in range(known, len(modulation) + 1):
             if step == known or step > self.history:
                 begin = end = max(0, step - self.history)
-                kept = [None] * len(alone)
+                kept = [None for _ in alone]
             positions = self.positions[end - begin : step - begin, None]
             x = torch.stack(latents[end:step]) + positions
             parts = modulation[end:step].chunk(len(alone), -1)
             for index, block in enumerate(self.blocks):
                 needed = 1 if index + 1 == len(alone) else len(x)
-                x, kept[index] = block.extend(x, parts[index], alone[index], kept[index], needed)
+                x, kept[index] = cast(_Block, block).extend(
+                    x, parts[index], alone[index], kept[index], needed
+                )
             latents.append(self.head(self.norm(x[-1])).to(z.dtype))
             end = step
         return torch.stack(latents[known:])
