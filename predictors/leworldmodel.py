@@ -116,24 +116,31 @@ class LeWorldModelPredictor(nn.Module):
     ) -> Float[Tensor, "h b d"]:
         """Roll out steps of one token; `alone` holds the matrix W_o W_v of every block."""
         latents = list(z.unbind(1))
-        known, modulation = len(latents), self.modulation(action.transpose(0, 1))
+        known, modulation = len(latents), self._modulation_by_block(action.transpose(0, 1))
         begin, end = 0, 0
         kept: list[_Kept | None] = []
-        for step in range(known, len(modulation) + 1):
+        for step in range(known, action.shape[1] + 1):
             if step == known or step > self.history:
                 begin = end = max(0, step - self.history)
                 kept = [None for _ in alone]
             positions = self.positions[end - begin : step - begin, None]
             x = torch.stack(latents[end:step]) + positions
-            parts = modulation[end:step].chunk(len(alone), -1)
             for index, block in enumerate(self.blocks):
                 needed = 1 if index + 1 == len(alone) else len(x)
+                part = modulation[index][end:step]
                 x, kept[index] = cast(_Block, block).extend(
-                    x, parts[index], alone[index], kept[index], needed
+                    x, part, alone[index], kept[index], needed
                 )
             latents.append(self.head(self.norm(x[-1])).to(z.dtype))
             end = step
         return torch.stack(latents[known:])
+
+    def _modulation_by_block(self, action: Tensor) -> list[Tensor]:
+        """Return `modulation` of the actions, each block's in memory of its own."""
+        *embed, all_blocks = self.modulation
+        condition, all_blocks = nn.Sequential(*embed)(action), cast(nn.Linear, all_blocks)
+        weights, biases = (part.chunk(len(self.blocks)) for part in all_blocks.parameters())
+        return [F.linear(condition, *part) for part in zip(weights, biases, strict=True)]
 
     def _window(self, z: Tensor, modulation: Tensor) -> Tensor:
         """Predict from at most `history` steps `(b k n d)`, modulated by their actions."""
