@@ -17,6 +17,9 @@ if __name__ != "jepa_world.envs":
 SHORT_NAMES = {
     "reach": "jepa_world/Reach-v0",
     "reach_torque": "jepa_world/ReachTorque-v0",
+    "arm": "jepa_world/Arm-v0",
+    "arm_joint": "jepa_world/ArmJoint-v0",
+    "cube": "jepa_world/Cube-v0",
 }
 
 
@@ -69,3 +72,17 @@ for _id, _control in (("Reach", "velocity"), ("ReachTorque", "torque")):
         max_episode_steps=100,
         kwargs={"control": _control},
     )
+
+for _id, _control in (("Arm", "tip"), ("ArmJoint", "joint")):
+    gymnasium.register(
+        f"jepa_world/{_id}-v0",
+        entry_point="jepa_world.envs.arm:ArmEnv",
+        max_episode_steps=100,
+        kwargs={"control": _control},
+    )
+
+gymnasium.register(
+    "jepa_world/Cube-v0",
+    entry_point="jepa_world.envs.cube:CubeEnv",
+    max_episode_steps=200,
+)
