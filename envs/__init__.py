@@ -5,6 +5,7 @@ One domain is one `.py` beside one `.xml`. Nothing heavy is imported until an en
 
 import os
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,16 @@ def make(name: str, **options: Any) -> gymnasium.Env:
         return gymnasium.make(SHORT_NAMES.get(name, name), **options)
     except (gymnasium.error.Error, ImportError) as error:
         raise EnvError(f"unknown env {name!r}{_nearest(name)}; {error}") from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise EnvError(f"env {name!r} does not take options {options!r}: {error}") from error
     finally:
         sys.path[:] = [*before, *(entry for entry in sys.path if entry not in before)]
+
+
+def drawn(factors: Iterable[str]) -> str | dict[str, str]:
+    """Return the option `factors` that draws these at random in every episode; `all`: all."""
+    names = list(factors)
+    return "random" if names == ["all"] else dict.fromkeys(names, "random")
 
 
 def _nearest(name: str) -> str:

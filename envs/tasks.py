@@ -1,0 +1,311 @@
+"""What every task is made of: a scene that moves, is seen and varies; goals some steps ahead.
+
+A task is one `.py` beside one `.xml`; it holds a `Scene` and says what an action, a start and a
+goal are. A factor of variation is a number (or several) of the model, of a stated range, that a
+reset draws or is given; what a task is asked to do never depends on it.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's names come from a compiled module without stubs)
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from jepa_world.envs import EnvError
+from jepa_world.envs.rendering import SmoothRenderer, choose_gl
+
+choose_gl()  # before mujoco, which reads the choice when it is imported
+
+import mujoco  # noqa: E402
+from mujoco import rollout  # noqa: E402
+
+RANDOM = "random"  # in place of a factor's value, or of all
+
+
+class Scene:
+    """A model of MuJoCo with its state, its pictures, its rollouts and its factors of variation.
+
+    Args:
+        model: The compiled model, with one actuator for every number of an action.
+        size: Height and width of a picture.
+        substeps: Time steps of the model that a step of the environment is.
+        factors: What may vary, by name; what is not asked for keeps the model's own value.
+        camera: Name of the camera.
+
+    Example:
+        >>> xml = "<mujoco><worldbody><camera/><geom name='g' size='0.1'/></worldbody></mujoco>"
+        >>> model = mujoco.MjModel.from_xml_string(xml)
+        >>> scene = Scene(model, size=8, substeps=1, factors={"light": light(model)}, camera=0)
+        >>> scene.vary({"light": (0.7, 0.7, 0.7)}, np.random.default_rng(0))
+        >>> scene.place(()).shape, scene.values["light"]
+        ((8, 8, 3), array([0.7, 0.7, 0.7]))
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        *,
+        size: int,
+        substeps: int,
+        factors: Mapping[str, "Factor"],
+        camera: str | int = "above",
+    ) -> None:
+        self.model, self.data = model, mujoco.MjData(model)
+        self.substeps = substeps
+        self.factors = factors
+        self._values = {name: factor.default for name, factor in factors.items()}
+        self._renderer = SmoothRenderer(model, size=size, camera=camera)
+        self._imagined = mujoco.MjData(model)
+        self._rollout = rollout.Rollout(nthread=0)
+
+    def vary(self, asked: Any, generator: np.random.Generator) -> None:
+        """Give the factors their values for an episode.
+
+        Args:
+            asked: A value, or "random", by the factor's name; "random" alone draws them all,
+                uniformly; what is not named returns to the model's own value, None all of them.
+            generator: Draws; what it gives a factor does not depend on which others are drawn.
+
+        Raises:
+            ValueError: an unknown factor, a value of another shape or beyond its range.
+        """
+        if asked is None:
+            asked = {}
+        elif isinstance(asked, str) and asked == RANDOM:
+            asked = dict.fromkeys(self.factors, RANDOM)
+        if not isinstance(asked, Mapping):
+            raise ValueError(f"factors is {asked!r}, expected {RANDOM!r} or a value by name")
+        if unknown := set(asked) - set(self.factors):
+            raise ValueError(f"unknown factors {sorted(unknown)}; known: {', '.join(self.factors)}")
+        for name, factor in self.factors.items():
+            drawn = generator.uniform(factor.low, factor.high, factor.default.shape)
+            value = asked.get(name, factor.default)
+            at_random = isinstance(value, str) and value == RANDOM
+            self._values[name] = factor.set(name, drawn if at_random else value)
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """Return the present value of every factor."""
+        return {name: value.copy() for name, value in self._values.items()}
+
+    def place(self, positions: Any) -> np.ndarray:
+        """Set the positions (nq), everything at rest, and return the picture."""
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:] = positions
+        mujoco.mj_forward(self.model, self.data)
+        return self._renderer(self.data)
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Hold an action for a step of the environment and return the picture.
+
+        Raises:
+            ValueError: an action of another shape, or one that is not finite.
+        """
+        action = np.asarray(action)
+        count = self.model.nu
+        if action.shape != (count,) or not np.isfinite(action).all():
+            raise ValueError(f"action is {action!r}, expected {count} finite numbers in [-1, 1]")
+        self.data.ctrl[:] = action
+        mujoco.mj_step(self.model, self.data, self.substeps)
+        mujoco.mj_kinematics(self.model, self.data)  # mj_step leaves the poses a substep behind
+        return self._renderer(self.data)
+
+    def imagine(self, actions: np.ndarray) -> np.ndarray:
+        """Return the positions (s, h, nq) after every action of sequences (s, h, a).
+
+        Starts from the present state, which is left as it was; nothing is rendered.
+        """
+        samples, horizon, _ = actions.shape
+        spec = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
+        start = np.empty(mujoco.mj_stateSize(self.model, spec))
+        mujoco.mj_getState(self.model, self.data, start, spec)
+        states = np.empty((samples, horizon * self.substeps, len(start)))
+        self._rollout.rollout(
+            [self.model] * samples,
+            [self._imagined],
+            np.tile(start, (samples, 1)),
+            np.repeat(np.asarray(actions, np.float64), self.substeps, axis=1),
+            skip_checks=True,
+            nstep=horizon * self.substeps,
+            initial_warmstart=np.tile(self.data.qacc_warmstart, (samples, 1)),
+            state=states,
+        )
+        return states[:, self.substeps - 1 :: self.substeps, 1 : 1 + self.model.nq]  # after time
+
+    def close(self) -> None:
+        """Free the OpenGL context."""
+        self._renderer.close()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Numbers of a model that may vary: the model's own value, the range, and how to set them."""
+
+    default: np.ndarray
+    low: float
+    high: float
+    write: Callable[[np.ndarray], None]
+
+    def set(self, name: str, value: Any) -> np.ndarray:
+        """Set the numbers in the model and return them.
+
+        Raises:
+            ValueError: another shape, or beyond the range (the model's own value always fits).
+        """
+        try:
+            value = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            value = np.asarray(value)
+        within = (
+            value.dtype == np.float64
+            and value.shape == self.default.shape
+            and (
+                np.array_equal(value, self.default)
+                or bool(((self.low <= value) & (value <= self.high)).all())
+            )
+        )
+        if not within:
+            count = self.default.size
+            raise ValueError(
+                f"factor {name} is {value.tolist()!r}, expected {count} "
+                f"number{'s' * (count > 1)} within {self.low} to {self.high}"
+            )
+        self.write(value)
+        return value
+
+
+def placed(view: np.ndarray, low: float, high: float) -> Factor:
+    """Return the factor that is these numbers of a model themselves, given as a view of them."""
+
+    def write(value: np.ndarray) -> None:
+        view[...] = value
+
+    return Factor(np.array(view, np.float64), low, high, write)
+
+
+def shifted(view: np.ndarray, reach: float) -> Factor:
+    """Return the factor that is added to these numbers of a model: 0, within -reach to reach."""
+    own = np.array(view)
+
+    def write(value: np.ndarray) -> None:
+        view[...] = own + value
+
+    return Factor(np.zeros(own.shape), -reach, reach, write)
+
+
+def scaled(low: float, high: float, *views: np.ndarray) -> Factor:
+    """Return the factor, one number, that all these numbers of a model are multiplied by: 1."""
+    own = [np.array(view) for view in views]
+
+    def write(value: np.ndarray) -> None:
+        for view, numbers in zip(views, own, strict=True):
+            view[...] = numbers * value
+
+    return Factor(np.ones(()), low, high, write)
+
+
+def light(model: mujoco.MjModel) -> Factor:
+    """Return the colour of the light that is everywhere: red, green, blue of 0.5 to 1."""
+    return placed(model.vis.headlight.ambient, 0.5, 1.0)
+
+
+def color(model: mujoco.MjModel, material: str, low: float = 0.0, high: float = 1.0) -> Factor:
+    """Return the colour of a material: red, green, blue."""
+    return placed(model.material(material).rgba[:3], low, high)
+
+
+def camera(model: mujoco.MjModel, reach: float, name: str = "above") -> Factor:
+    """Return the shift of a camera along the world's x and y, in metres."""
+    return shifted(model.camera(name).pos[:2], reach)
+
+
+def zoom(model: mujoco.MjModel, low: float = 0.9, high: float = 1.1, name: str = "above") -> Factor:
+    """Return the scale of what a camera sees: above 1 it sees more, and all looks smaller."""
+    index = model.camera(name).id
+    return scaled(low, high, model.cam_fovy[index : index + 1])
+
+
+def extent(model: mujoco.MjModel, low: float, high: float, body: str) -> Factor:
+    """Return the scale of a body's shapes about its origin; its mass stays, its inertia follows."""
+    own = model.body(body).id
+    first = model.body_geomadr[own]
+    geoms = slice(first, first + model.body_geomnum[own])
+    lengths = (model.geom_size[geoms], model.geom_pos[geoms], model.geom_aabb[geoms])
+    sizes = scaled(low, high, *lengths, model.geom_rbound[geoms])
+    inertia = scaled(low**2, high**2, model.body_inertia[own])
+
+    def write(value: np.ndarray) -> None:
+        sizes.write(value)
+        inertia.write(value**2)
+
+    return Factor(sizes.default, low, high, write)
+
+
+def known_options(options: Mapping[str, Any] | None, *known: str) -> Mapping[str, Any]:
+    """Return the options of a reset.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    if unknown := set(options or {}) - set(known):
+        names = ", ".join(known)
+        raise ValueError(f"unknown reset options {sorted(unknown)!r}; known: {names}")
+    return options or {}
+
+
+class GoalsAhead(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """An environment whose goal is where a policy gets to, some steps ahead of the start.
+
+    A goal drawn anywhere may be out of reach of a short episode; this one never is. The policy
+    plays from the start, the episode then begins there anew.
+
+    Args:
+        env: Its reset takes `start` and `goal`, and its `info` has "configuration", which is
+            either.
+        steps: Steps to the goal.
+        guide: Makes the policy of an episode, an iterator over actions, from a generator.
+
+    Raises:
+        EnvError: at reset, where `info` has no configuration.
+
+    Example:
+        >>> from jepa_world.envs import make
+        >>> always_on = lambda generator: iter([np.ones(2, np.float32)] * 3)
+        >>> env = GoalsAhead(make("reach", size=32), 3, always_on)
+        >>> _, info = env.reset(seed=0)
+        >>> for _ in range(3):
+        ...     *_, info = env.step(np.ones(2, np.float32))
+        >>> info["success"]
+        True
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, Any],
+        steps: int,
+        guide: Callable[[np.random.Generator], Iterator[np.ndarray]],
+    ) -> None:
+        super().__init__(env)
+        self.steps = steps
+        self.guide = guide
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin at a start, with the goal some steps ahead of it."""
+        if seed is None:
+            seed = int(self.unwrapped.np_random.integers(2**31))
+        _, info = self.env.reset(seed=seed, options=options)
+        if "configuration" not in info:
+            raise EnvError("the environment gives no info['configuration']: no goals steps ahead")
+        start, actions = info["configuration"], self.guide(np.random.default_rng(seed))
+        for _ in range(self.steps):
+            *_, terminated, truncated, info = self.env.step(next(actions))
+            if terminated or truncated:
+                break
+        found = {"start": start, "goal": info["configuration"]}
+        return self.env.reset(seed=seed, options={**(options or {}), **found})
