@@ -8,7 +8,6 @@ in the channels: from the front (y to the right, z up) and from the right (x to 
 # pyright: reportAttributeAccessIssue=false
 # (mujoco's names come from a compiled module without stubs)
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,9 @@ import gymnasium
 import numpy as np
 
 from jepa_world.envs import panda
-from jepa_world.envs.rendering import SmoothRenderer, choose_gl
+from jepa_world.envs.tasks import Factor, Scene, color, known_options, light, scaled, shifted
 
-choose_gl()  # before mujoco, which reads the choice when it is imported
-
-import mujoco  # noqa: E402
-from mujoco import rollout  # noqa: E402
+import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
 
 STEP, SUBSTEPS = 0.1, 10  # seconds of a step of the environment, and what it is made of
 VIEWS = ("front", "side")
@@ -29,6 +25,7 @@ TIP_SPEED = 0.4  # m/s of an action of 1 along an axis: 4 cm a step
 JOINT_SPEED = 1.5  # rad/s of an action of 1 in the joint variant
 BOX = np.array([[0.32, -0.30, 0.05], [0.60, 0.30, 0.45]])  # where the tip is led and drawn, metres
 SPREAD = np.array([0.8, 0.4, 0.6, 0.4, 0.6, 0.5, 0.6])  # rad from rest, of joint angles drawn
+PLAIN = ("table", "wall", "base", "hand")  # materials whose colour is no factor of the object's
 CLEAR = 0.05  # metres above the table, of a tip drawn
 FINGER = 0.02  # metres; how far each finger is open where nothing is held
 
@@ -44,11 +41,16 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     `info`: "goal" (like an observation), "success" (tip within `tolerance` metres of the goal's
     tip), "state" (seven joint angles in rad, their rates in rad/s; float64), "proprio" (the tip in
-    metres, the joint angles; float32).
+    metres, the joint angles; float32), "configuration" (the joint angles), "factors" (the values of
+    all).
 
     `reset(options={"start": ..., "goal": ...})` sets either joint angles (seven, radians) or the
     place of the tip (three, metres), to which the hand comes held down. What is left out is drawn
-    uniformly: the place of the tip within the box, or joint angles around rest.
+    uniformly: the place of the tip within the box, or joint angles around rest. `factors` of the
+    options, or of the constructor for all episodes, vary the picture ("random", or a value or
+    "random" by name): "light", "table_color", "wall_color", "upper_color", "lower_color",
+    "wrist_color", "tip_color" (red, green, blue), "cameras" (shift of both in metres along x, y and
+    z), "zoom", "width" (scale of the links).
 
     Example:
         >>> env = ArmEnv(size=32)
@@ -66,6 +68,7 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         control: str = "tip",
         size: int = 64,
         tolerance: float = 0.02,
+        factors: Any = None,
         render_mode: str | None = None,
     ):
         if control not in ("tip", "joint"):
@@ -76,7 +79,9 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         dims = 3 if self._by_tip else 7
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 6), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (dims,), np.float32)
-        self._robot = Robot("arm.xml", size=size, hidden=("left_finger", "right_finger"))
+        self._scene = arm_scene("arm.xml", size=size, without=("left_finger", "right_finger"))
+        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
+        self._factors = factors
         self._goal_tip = np.zeros(3)
         self._goal_picture = self._observation = np.zeros((size, size, 6), np.uint8)
 
@@ -89,18 +94,16 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             ValueError: an option that is unknown, of another shape, or out of the arm's reach.
         """
         super().reset(seed=seed)
-        options = options or {}
-        if unknown := set(options) - {"start", "goal"}:
-            raise ValueError(f"unknown reset options {sorted(unknown)!r}; known: start, goal")
+        options = known_options(options, "start", "goal", "factors")
         draw = self._draw_place if self._by_tip else self._draw_angles
         drawn = [draw(), draw()]  # both, so that giving one keeps the other
         goal = configuration("goal", options.get("goal", drawn[1]))
         start = configuration("start", options.get("start", drawn[0]))
+        self._scene.vary(options.get("factors", self._factors), self.np_random.spawn(1)[0])
         self._goal_tip = panda.chain(goal)[0]
-        self._robot.place(goal)
-        self._goal_picture = self._robot.picture()
-        self._robot.place(start)
-        self._observation = self._robot.picture()
+        self._goal_picture = self._scene.place([*goal, FINGER, FINGER])
+        self._observation = self._scene.place([*start, FINGER, FINGER])
+        self._scene.data.act[:] = FINGER
         return self._observation, self._info()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -109,14 +112,14 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Raises:
             ValueError: an action of another shape, or one that is not finite.
         """
-        action = checked(action, self.action_space)
-        self._robot.step(self._speeds(self._robot.data.qpos, action))
-        self._observation = self._robot.picture()
+        action = within_bounds(action, self.action_space)
+        self._scene.data.qacc_warmstart[:] = 0.0  # as in imagine_controlled
+        self._observation = self._scene.step(self._control(self._scene.data.qpos, action))
         return self._observation, -self.goal_distance(), False, False, self._info()
 
     def goal_distance(self) -> float:
         """Return the distance of the tip to the goal's tip now, in metres."""
-        tip = panda.chain(self._robot.data.qpos[:7])[0]
+        tip = panda.chain(self._scene.data.qpos[:7])[0]
         return float(np.linalg.norm(tip - self._goal_tip))
 
     def goal_distances(self, actions: np.ndarray) -> np.ndarray:
@@ -125,7 +128,7 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Starts from the present state, which is left as it was; nothing is rendered.
         """
         actions = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
-        angles = self._robot.foresee(actions, self._speeds)[..., :7]
+        angles = self._scene.imagine_controlled(actions, self._control)[..., :7]
         return np.linalg.norm(panda.chain(angles)[0] - self._goal_tip, axis=-1)
 
     def render(self) -> np.ndarray | None:
@@ -134,9 +137,9 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def close(self) -> None:
         """Free the OpenGL contexts."""
-        self._robot.close()
+        self._scene.close()
 
-    def _speeds(self, positions: np.ndarray, action: np.ndarray) -> np.ndarray:
+    def _control(self, positions: np.ndarray, action: np.ndarray) -> np.ndarray:
         """Return what actions (..., a) ask at positions (..., nq): arm and fingers (..., 9)."""
         angles = positions[..., :7]
         arm = lead_tip(angles, action, BOX) if self._by_tip else turn_joints(angles, action)
@@ -152,111 +155,38 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 return angles
 
     def _info(self) -> dict[str, Any]:
-        angles = self._robot.data.qpos[:7]
+        angles = self._scene.data.qpos[:7]
         return {
             "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() < self.tolerance,
-            "state": np.concatenate([angles, self._robot.data.qvel[:7]]),
+            "success": self.goal_distance() <= self.tolerance,
+            "state": np.concatenate([angles, self._scene.data.qvel[:7]]),
             "proprio": np.concatenate([panda.chain(angles)[0], angles]).astype(np.float32),
+            "configuration": angles.copy(),
+            "factors": self._scene.values,
         }
 
 
-class Robot:
-    """The arm of `arm.xml`, or of a file that includes it: state, pictures, and what would come.
-
-    Example:
-        >>> robot = Robot("arm.xml", size=16)
-        >>> robot.place(panda.REST)
-        >>> robot.picture().shape
-        (16, 16, 6)
-    """
-
-    def __init__(self, xml: str, *, size: int, hidden: tuple[str, ...] = ()):
-        self.model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name(xml)))
-        for name in hidden:
-            self.model.geom(name).matid = -1
-            self.model.geom(name).rgba = 0.0
-        self.data = mujoco.MjData(self.model)
-        self._renderers = [SmoothRenderer(self.model, size=size, camera=view) for view in VIEWS]
-        self._simulator = Simulator(self.model)
-
-    def place(self, positions: np.ndarray, fingers: Any = FINGER) -> None:
-        """Rest at positions (nq), of which the file gives what is left out; fingers are asked so."""
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos[: len(positions)] = positions
-        self.data.act[:] = fingers
-        mujoco.mj_forward(self.model, self.data)
-
-    def step(self, speeds: np.ndarray) -> None:
-        """Ask the joints (7, in rad/s) and fingers (2, in m/s) for speeds, for 0.1 s."""
-        self.data.ctrl[:] = speeds
-        self.data.qacc_warmstart[:] = 0.0  # what comes is then a function of the physical state
-        mujoco.mj_step(self.model, self.data, SUBSTEPS)
-        mujoco.mj_forward(self.model, self.data)  # mj_step leaves the poses a substep behind
-
-    def picture(self) -> np.ndarray:
-        """Render both views, (size, size, 6)."""
-        return np.concatenate([render(self.data) for render in self._renderers], -1)
-
-    def foresee(
-        self, actions: np.ndarray, speeds: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    ) -> np.ndarray:
-        """Return positions (s, h, nq) after every action of (s, h, a), from the present state.
-
-        `speeds` maps positions (s, nq) and an action at each (s, a) to speeds (s, 9).
-        """
-        return self._simulator(self.data, actions, speeds)
-
-    def close(self) -> None:
-        """Free the OpenGL contexts."""
-        for renderer in self._renderers:
-            renderer.close()
+def arm_scene(xml: str, *, size: int, without: tuple[str, ...]) -> Scene:
+    """Return the scene of arm.xml, or of a file that includes it, without the geoms named."""
+    model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name(xml)))
+    for name in without:
+        model.geom(name).matid = -1
+        model.geom(name).rgba = 0.0
+    return Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model), camera=VIEWS)
 
 
-class Simulator:
-    """Roll candidate actions out with `mujoco.rollout`, in the calling thread, step by step.
-
-    Between two steps the controller sees every candidate's own state.
-    """
-
-    def __init__(self, model: mujoco.MjModel):
-        self._model, self._data = model, mujoco.MjData(model)
-        self._spec = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
-        self._rollout = rollout.Rollout(nthread=0)
-
-    def __call__(
-        self,
-        data: mujoco.MjData,
-        actions: np.ndarray,
-        speeds: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    ) -> np.ndarray:
-        """Return positions (s, h, nq) after every action of (s, h, a)."""
-        samples, horizon, _ = actions.shape
-        nq = self._model.nq
-        start = np.empty(mujoco.mj_stateSize(self._model, self._spec))
-        mujoco.mj_getState(self._model, data, start, self._spec)
-        now = np.tile(start, (samples, 1))  # of a sample: time, qpos, qvel, act
-        positions = np.empty((samples, horizon, nq))
-        for step in range(horizon):
-            control = speeds(now[:, 1 : 1 + nq], actions[:, step])
-            now = self._advance(now, control)
-            positions[:, step] = now[:, 1 : 1 + nq]
-        return positions
-
-    def _advance(self, states: np.ndarray, control: np.ndarray) -> np.ndarray:
-        samples, width = states.shape
-        after = np.empty((samples, SUBSTEPS, width))
-        self._rollout.rollout(
-            [self._model] * samples,
-            [self._data],
-            states,
-            np.repeat(control[:, None], SUBSTEPS, axis=1),
-            skip_checks=True,
-            nstep=SUBSTEPS,
-            initial_warmstart=np.zeros((samples, self._model.nv)),
-            state=after,
-        )
-        return after[:, -1]
+def _factors(model: mujoco.MjModel) -> dict[str, Factor]:
+    links = model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE
+    parts = [model.mat(index).name for index in range(model.nmat)]
+    colors = {f"{name}_color": color(model, name) for name in parts if name not in PLAIN}
+    return {
+        "light": light(model),
+        **{f"{name}_color": color(model, name, 0.6, 1.0) for name in ("table", "wall")},
+        **colors,
+        "cameras": shifted(model.cam_pos, 0.03),
+        "zoom": scaled(0.95, 1.1, model.cam_fovy),
+        "width": scaled(0.75, 1.25, *(model.geom_size[index, :1] for index in np.flatnonzero(links))),
+    }
 
 
 def lead_tip(angles: np.ndarray, action: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -283,7 +213,7 @@ def _within_limits(angles: np.ndarray, speeds: np.ndarray) -> np.ndarray:
     return np.clip(speeds, (low - angles) / STEP, (high - angles) / STEP)
 
 
-def checked(action: np.ndarray, space: gymnasium.spaces.Box) -> np.ndarray:
+def within_bounds(action: np.ndarray, space: gymnasium.spaces.Box) -> np.ndarray:
     """Return an action within its bounds.
 
     Raises:

@@ -14,7 +14,15 @@ import gymnasium
 import numpy as np
 
 from jepa_world.envs import panda
-from jepa_world.envs.arm import STEP, TIP_SPEED, Robot, checked, lead_tip, side_by_side
+from jepa_world.envs.arm import (
+    STEP,
+    TIP_SPEED,
+    arm_scene,
+    lead_tip,
+    side_by_side,
+    within_bounds,
+)
+from jepa_world.envs.tasks import known_options
 
 FINGER_SPEED = 0.15  # m/s of each finger, of an action of 1: open to closed in 3 steps
 HALF = 0.02  # metres, half an edge of the cube
@@ -37,11 +45,12 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     "success" (the cube within `tolerance` metres of the goal's), "state" (float64: seven joint
     angles, two fingers in metres, the cube's place in metres and its quaternion, then the rates of
     them all), "proprio" (float32: the tip in metres, the opening of a finger in metres),
-    "configuration" (the first sixteen of the state and what is asked of the two fingers).
+    "configuration" (the first sixteen of the state and what is asked of the two fingers), "factors"
+    (the values of all).
 
     `reset(options={"start": ..., "goal": ...})` sets the place of the cube on the table, x and y in
     metres, or everything, as in "configuration". What is left out is drawn uniformly in front of
-    the arm.
+    the arm. `factors` are those of `ArmEnv`, but "cube_color" in place of "tip_color".
 
     Example:
         >>> env = CubeEnv(size=32)
@@ -57,13 +66,20 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(
-        self, *, size: int = 64, tolerance: float = 0.04, render_mode: str | None = None
+        self,
+        *,
+        size: int = 64,
+        tolerance: float = 0.04,
+        factors: Any = None,
+        render_mode: str | None = None,
     ):
         self.render_mode = render_mode
         self.tolerance = tolerance
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 6), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
-        self._robot = Robot("cube.xml", size=size, hidden=("ball",))
+        self._scene = arm_scene("cube.xml", size=size, without=("ball",))
+        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
+        self._factors = factors
         self._home = panda.posture(HOME)
         self._goal_cube = np.zeros(3)
         self._goal_picture = self._observation = np.zeros((size, size, 6), np.uint8)
@@ -77,15 +93,15 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             ValueError: an option that is unknown or of another shape.
         """
         super().reset(seed=seed)
-        options = options or {}
-        if unknown := set(options) - {"start", "goal"}:
-            raise ValueError(f"unknown reset options {sorted(unknown)!r}; known: start, goal")
+        options = known_options(options, "start", "goal", "factors")
         drawn = self.np_random.uniform(*FIELD, (2, 2))  # both, so that giving one keeps the other
-        self._place("goal", options.get("goal", drawn[1]))
-        self._goal_cube = self.cube
-        self._goal_picture = self._robot.picture()
-        self._place("start", options.get("start", drawn[0]))
-        self._observation = self._robot.picture()
+        goal = self._whole("goal", options.get("goal", drawn[1]))
+        start = self._whole("start", options.get("start", drawn[0]))
+        self._scene.vary(options.get("factors", self._factors), self.np_random.spawn(1)[0])
+        self._goal_cube = goal[9:12]
+        self._goal_picture = self._scene.place(goal[:16])
+        self._observation = self._scene.place(start[:16])
+        self._scene.data.act[:] = start[16:]
         return self._observation, self._info()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -94,20 +110,20 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Raises:
             ValueError: an action of another shape, or one that is not finite.
         """
-        action = checked(action, self.action_space)
-        self._robot.step(_speeds(self._robot.data.qpos, action))
-        self._observation = self._robot.picture()
+        action = within_bounds(action, self.action_space)
+        self._scene.data.qacc_warmstart[:] = 0.0  # as in imagine_controlled
+        self._observation = self._scene.step(_control(self._scene.data.qpos, action))
         return self._observation, -self.goal_distance(), False, False, self._info()
 
     @property
     def tip(self) -> np.ndarray:
         """Where the tip is now, (3,) metres."""
-        return panda.chain(self._robot.data.qpos[:7])[0]
+        return panda.chain(self._scene.data.qpos[:7])[0]
 
     @property
     def cube(self) -> np.ndarray:
         """Where the middle of the cube is now, (3,) metres."""
-        return self._robot.data.qpos[9:12].copy()
+        return self._scene.data.qpos[9:12].copy()
 
     def goal_distance(self) -> float:
         """Return the distance of the cube to the goal's cube now, in metres."""
@@ -119,7 +135,7 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Starts from the present state, which is left as it was; nothing is rendered.
         """
         actions = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
-        positions = self._robot.foresee(actions, _speeds)
+        positions = self._scene.imagine_controlled(actions, _control)
         return np.linalg.norm(positions[..., 9:12] - self._goal_cube, axis=-1)
 
     def expert(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -179,9 +195,9 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def close(self) -> None:
         """Free the OpenGL contexts."""
-        self._robot.close()
+        self._scene.close()
 
-    def _place(self, name: str, value: Any) -> None:
+    def _whole(self, name: str, value: Any) -> np.ndarray:
         value = np.asarray(value, np.float64)
         if value.shape not in ((2,), (18,)) or not np.isfinite(value).all():
             raise ValueError(
@@ -191,20 +207,21 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if value.shape == (2,):
             cube = [*value, HALF, 1.0, 0.0, 0.0, 0.0]
             value = np.concatenate([self._home, np.full(2, 0.04), cube, np.full(2, 0.04)])
-        self._robot.place(value[:16], value[16:])
+        return value
 
     def _info(self) -> dict[str, Any]:
-        data = self._robot.data
+        data = self._scene.data
         return {
             "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() < self.tolerance,
+            "success": self.goal_distance() <= self.tolerance,
             "state": np.concatenate([data.qpos, data.qvel]),
             "proprio": np.append(self.tip, data.qpos[7]).astype(np.float32),
             "configuration": np.concatenate([data.qpos, data.act]),
+            "factors": self._scene.values,
         }
 
 
-def _speeds(positions: np.ndarray, action: np.ndarray) -> np.ndarray:
+def _control(positions: np.ndarray, action: np.ndarray) -> np.ndarray:
     """Return what actions (..., 4) ask at positions (..., nq): arm and fingers (..., 9)."""
     arm = lead_tip(positions[..., :7], action[..., :3], BOX)
     return np.concatenate([arm, np.repeat(-FINGER_SPEED * action[..., 3:], 2, -1)], -1)

@@ -23,6 +23,7 @@ choose_gl()  # before mujoco, which reads the choice when it is imported
 import mujoco  # noqa: E402
 from mujoco import rollout  # noqa: E402
 
+STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
 RANDOM = "random"  # in place of a factor's value, or of all
 
 
@@ -34,7 +35,8 @@ class Scene:
         size: Height and width of a picture.
         substeps: Time steps of the model that a step of the environment is.
         factors: What may vary, by name; what is not asked for keeps the model's own value.
-        camera: Name of the camera.
+        camera: Name of the camera, or of several, whose pictures lie one behind the other in the
+            channels.
 
     Example:
         >>> xml = "<mujoco><worldbody><camera/><geom name='g' size='0.1'/></worldbody></mujoco>"
@@ -52,13 +54,14 @@ class Scene:
         size: int,
         substeps: int,
         factors: Mapping[str, "Factor"],
-        camera: str | int = "above",
+        camera: str | int | tuple[str, ...] = "above",
     ) -> None:
         self.model, self.data = model, mujoco.MjData(model)
         self.substeps = substeps
         self.factors = factors
         self._values = {name: factor.default for name, factor in factors.items()}
-        self._renderer = SmoothRenderer(model, size=size, camera=camera)
+        cameras = camera if isinstance(camera, tuple) else (camera,)
+        self._renderers = [SmoothRenderer(model, size=size, camera=one) for one in cameras]
         self._imagined = mujoco.MjData(model)
         self._rollout = rollout.Rollout(nthread=0)
 
@@ -97,7 +100,7 @@ class Scene:
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = positions
         mujoco.mj_forward(self.model, self.data)
-        return self._renderer(self.data)
+        return self.picture()
 
     def step(self, action: np.ndarray) -> np.ndarray:
         """Hold an action for a step of the environment and return the picture.
@@ -112,33 +115,65 @@ class Scene:
         self.data.ctrl[:] = action
         mujoco.mj_step(self.model, self.data, self.substeps)
         mujoco.mj_kinematics(self.model, self.data)  # mj_step leaves the poses a substep behind
-        return self._renderer(self.data)
+        return self.picture()
+
+    def picture(self) -> np.ndarray:
+        """Render the present state, (size, size, 3) for every camera."""
+        return np.concatenate([render(self.data) for render in self._renderers], axis=-1)
 
     def imagine(self, actions: np.ndarray) -> np.ndarray:
         """Return the positions (s, h, nq) after every action of sequences (s, h, a).
 
         Starts from the present state, which is left as it was; nothing is rendered.
         """
-        samples, horizon, _ = actions.shape
-        spec = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
-        start = np.empty(mujoco.mj_stateSize(self.model, spec))
-        mujoco.mj_getState(self.model, self.data, start, spec)
-        states = np.empty((samples, horizon * self.substeps, len(start)))
+        warm = np.tile(self.data.qacc_warmstart, (len(actions), 1))
+        return self._roll_out(self._present(len(actions)), actions, warm)[..., self._positions]
+
+    def imagine_controlled(
+        self, actions: np.ndarray, control: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Return the same where a controller stands between actions and actuators.
+
+        `control` maps positions (s, nq) and an action at each (s, a) to what the actuators get
+        (s, nu). The solver begins every step anew: so must the environment's.
+        """
+        states = self._present(len(actions))
+        cold = np.zeros((len(actions), self.model.nv))
+        positions = np.empty((*actions.shape[:2], self.model.nq))
+        for step in range(actions.shape[1]):
+            given = control(states[:, self._positions], actions[:, step])
+            states = self._roll_out(states, given[:, None], cold)[:, 0]
+            positions[:, step] = states[:, self._positions]
+        return positions
+
+    def close(self) -> None:
+        """Free the OpenGL contexts."""
+        for renderer in self._renderers:
+            renderer.close()
+
+    @property
+    def _positions(self) -> slice:
+        return slice(1, 1 + self.model.nq)  # of a state, which begins with the time
+
+    def _present(self, samples: int) -> np.ndarray:
+        state = np.empty(mujoco.mj_stateSize(self.model, STATE))
+        mujoco.mj_getState(self.model, self.data, state, STATE)
+        return np.tile(state, (samples, 1))
+
+    def _roll_out(self, states: np.ndarray, given: np.ndarray, warm: np.ndarray) -> np.ndarray:
+        samples, horizon, _ = given.shape
+        after = np.empty((samples, horizon * self.substeps, states.shape[1]))
         self._rollout.rollout(
             [self.model] * samples,
             [self._imagined],
-            np.tile(start, (samples, 1)),
-            np.repeat(np.asarray(actions, np.float64), self.substeps, axis=1),
+            states,
+            np.repeat(np.asarray(given, np.float64), self.substeps, axis=1),
             skip_checks=True,
             nstep=horizon * self.substeps,
-            initial_warmstart=np.tile(self.data.qacc_warmstart, (samples, 1)),
-            state=states,
+            initial_warmstart=warm,
+            state=after,
         )
-        return states[:, self.substeps - 1 :: self.substeps, 1 : 1 + self.model.nq]  # after time
-
-    def close(self) -> None:
-        """Free the OpenGL context."""
-        self._renderer.close()
+        return after[:, self.substeps - 1 :: self.substeps]
 
 
 @dataclass(frozen=True)
