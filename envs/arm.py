@@ -235,7 +235,10 @@ def configuration(name: str, value: Any) -> np.ndarray:
     """
     value = np.asarray(value, np.float64)
     if value.shape == (3,) and np.isfinite(value).all():
-        return panda.posture(value)
+        try:
+            return panda.posture(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if value.shape == (7,) and ((value >= panda.LOW) & (value <= panda.HIGH)).all():
         return value
     raise ValueError(

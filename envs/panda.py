@@ -87,7 +87,7 @@ def posture(place: np.ndarray) -> np.ndarray:
         if np.abs(angles - before).max() < 1e-6:
             break
     if np.abs(chain(angles)[0] - place).max() > 1e-3:
-        raise ValueError(f"the hand, held down, does not reach {place!r} (metres from the base)")
+        raise ValueError(f"the hand, held down, does not reach {place.tolist()} (metres)")
     return angles
 
 

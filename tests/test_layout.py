@@ -34,7 +34,7 @@ MAY_IMPORT = {  # room -> rooms of ours
     "agent": {"methods", "objectives"},
     "evaluation": {"agent", "methods"},
     "pictures": {"masking"},
-    "report": {"agent", "evaluation", "methods", "data"},
+    "report": {"agent", "evaluation", "methods", "data", "pictures"},
     "encoders": {"nn", "masking"},
     "predictors": {"nn", "masking"},
     "envs": {"envs"},
