@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ SHORT_NAMES = {
     "cube": "jepa_world/Cube-v0",
 }
 
+EXTRAS = {"imageio": "gymnasium", "ogbench": "ogbench"}  # module that is missing -> what brings it
+
 
 class EnvError(RuntimeError):
     """A mistake the user can mend (unknown environment, no OpenGL), said in one line."""
@@ -33,6 +36,8 @@ def make(name: str, **options: Any) -> gymnasium.Env:
 
     `options` are the environment's own (`size=96`). OpenGL is chosen before MuJoCo is imported. A
     module is searched in the user's working directory last, whichever launcher started Python.
+    MuJoCo environments of Gymnasium (`Reacher-v5`) and OGBench's come with the adapters that show
+    pictures and goals.
 
     Raises:
         EnvError: unknown name or option, or no OpenGL.
@@ -51,8 +56,12 @@ def make(name: str, **options: Any) -> gymnasium.Env:
         checkout = str(Path(__file__).resolve().parent.parent)
         sys.path[:] = [entry for entry in before if entry != checkout] + [os.getcwd()]
     try:
-        return gymnasium.make(SHORT_NAMES.get(name, name), **options)
-    except (gymnasium.error.Error, ImportError) as error:
+        return _make(SHORT_NAMES.get(name, name), options)
+    except ImportError as error:
+        extra = EXTRAS.get(error.name or "")
+        hint = f": pip install 'jepa-world[{extra}]'" if extra else _nearest(name)
+        raise EnvError(f"env {name!r} cannot be imported, {error}{hint}") from error
+    except gymnasium.error.Error as error:
         raise EnvError(f"unknown env {name!r}{_nearest(name)}; {error}") from error
     except (TypeError, ValueError) as error:
         raise EnvError(f"env {name!r} does not take options {options!r}: {error}") from error
@@ -64,6 +73,34 @@ def drawn(factors: Iterable[str]) -> str | dict[str, str]:
     """Return the option `factors` that draws these at random in every episode; `all`: all."""
     names = list(factors)
     return "random" if names == ["all"] else dict.fromkeys(names, "random")
+
+
+def _make(name: str, options: dict[str, Any]) -> gymnasium.Env:
+    module, _, plain = name.rpartition(":")
+    if module:
+        import_module(module)
+    spec = gymnasium.registry.get(plain)
+    if spec is not None and _is_of_gymnasium(spec):
+        from jepa_world.envs.adapters import picture_env
+
+        return picture_env(spec, options)
+    env = gymnasium.make(plain, **options)
+    if type(env.unwrapped).__module__.startswith("ogbench."):
+        from jepa_world.envs.adapters import KeptGoal
+
+        return KeptGoal(env)
+    return env
+
+
+def _is_of_gymnasium(spec: gymnasium.envs.registration.EnvSpec) -> bool:
+    """Return whether an environment is one of Gymnasium's class for MuJoCo."""
+    creator = spec.entry_point
+    if isinstance(creator, str):
+        creator = gymnasium.envs.registration.load_env_creator(creator)
+    return isinstance(creator, type) and any(
+        base.__name__ == "MujocoEnv" and base.__module__.startswith("gymnasium.")
+        for base in creator.__mro__
+    )
 
 
 def _nearest(name: str) -> str:
