@@ -18,6 +18,8 @@ if __name__ != "jepa_world.envs":
 SHORT_NAMES = {
     "reach": "jepa_world/Reach-v0",
     "reach_torque": "jepa_world/ReachTorque-v0",
+    "push": "jepa_world/Push-v0",
+    "push_square": "jepa_world/PushSquare-v0",
 }
 
 
@@ -69,10 +71,16 @@ def _nearest(name: str) -> str:
     return f"{hint}; known: {', '.join(SHORT_NAMES)}, any Gymnasium id, or module:Id-v0"
 
 
-for _id, _control in (("Reach", "velocity"), ("ReachTorque", "torque")):
+_TASKS = (  # id, module, class, options
+    ("Reach", "reach", "ReachEnv", {"control": "velocity"}),
+    ("ReachTorque", "reach", "ReachEnv", {"control": "torque"}),
+    ("Push", "push", "PushEnv", {"block": "t"}),
+    ("PushSquare", "push", "PushEnv", {"block": "square"}),
+)
+for _id, _module, _class, _options in _TASKS:
     gymnasium.register(
         f"jepa_world/{_id}-v0",
-        entry_point="jepa_world.envs.reach:ReachEnv",
+        entry_point=f"jepa_world.envs.{_module}:{_class}",
         max_episode_steps=100,
-        kwargs={"control": _control},
+        kwargs=_options,
     )
