@@ -19,6 +19,8 @@ if __name__ != "jepa_world.envs":
 SHORT_NAMES = {
     "reach": "jepa_world/Reach-v0",
     "reach_torque": "jepa_world/ReachTorque-v0",
+    "push": "jepa_world/Push-v0",
+    "push_square": "jepa_world/PushSquare-v0",
     "arm": "jepa_world/Arm-v0",
     "arm_joint": "jepa_world/ArmJoint-v0",
     "cube": "jepa_world/Cube-v0",
@@ -109,24 +111,19 @@ def _nearest(name: str) -> str:
     return f"{hint}; known: {', '.join(SHORT_NAMES)}, any Gymnasium id, or module:Id-v0"
 
 
-for _id, _control in (("Reach", "velocity"), ("ReachTorque", "torque")):
-    gymnasium.register(
-        f"jepa_world/{_id}-v0",
-        entry_point="jepa_world.envs.reach:ReachEnv",
-        max_episode_steps=100,
-        kwargs={"control": _control},
-    )
-
-for _id, _control in (("Arm", "tip"), ("ArmJoint", "joint")):
-    gymnasium.register(
-        f"jepa_world/{_id}-v0",
-        entry_point="jepa_world.envs.arm:ArmEnv",
-        max_episode_steps=100,
-        kwargs={"control": _control},
-    )
-
-gymnasium.register(
-    "jepa_world/Cube-v0",
-    entry_point="jepa_world.envs.cube:CubeEnv",
-    max_episode_steps=200,
+_TASKS = (  # id, module, class, options
+    ("Reach", "reach", "ReachEnv", {"control": "velocity"}),
+    ("ReachTorque", "reach", "ReachEnv", {"control": "torque"}),
+    ("Push", "push", "PushEnv", {"block": "t"}),
+    ("PushSquare", "push", "PushEnv", {"block": "square"}),
+    ("Arm", "arm", "ArmEnv", {"control": "tip"}),
+    ("ArmJoint", "arm", "ArmEnv", {"control": "joint"}),
+    ("Cube", "cube", "CubeEnv", {}),
 )
+for _id, _module, _class, _options in _TASKS:
+    gymnasium.register(
+        f"jepa_world/{_id}-v0",
+        entry_point=f"jepa_world.envs.{_module}:{_class}",
+        max_episode_steps=100,
+        kwargs=_options,
+    )

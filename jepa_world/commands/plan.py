@@ -15,8 +15,8 @@ from jepa_world import envs
 from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
 from jepa_world.config import Part, part_options, require_at_least
+from jepa_world.envs.ahead import GoalsAhead
 from jepa_world.envs.blocks import ActionBlocks
-from jepa_world.envs.tasks import GoalsAhead
 from jepa_world.evaluation import (
     ModelPolicy,
     plan_seconds,
