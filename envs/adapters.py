@@ -211,10 +211,9 @@ class PictureEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return view
 
     def _wander(self) -> None:
+        actions = self.np_random.uniform(-1, 1, (self.ahead // HELD + 1, *self.action_space.shape))
         for step in range(self.ahead):
-            if step % HELD == 0:
-                action = self.np_random.uniform(-1.0, 1.0, self.action_space.shape)
-            self._step(action)
+            self._step(actions[step // HELD])
 
     def _seek(self) -> None:
         """Move the joints that carry the task's body, by damped least squares, to the target."""

@@ -185,7 +185,9 @@ def _factors(model: mujoco.MjModel) -> dict[str, Factor]:
         **colors,
         "cameras": shifted(model.cam_pos, 0.03),
         "zoom": scaled(0.95, 1.1, model.cam_fovy),
-        "width": scaled(0.75, 1.25, *(model.geom_size[index, :1] for index in np.flatnonzero(links))),
+        "width": scaled(
+            0.75, 1.25, *(model.geom_size[index, :1] for index in np.flatnonzero(links))
+        ),
     }
 
 

@@ -94,7 +94,9 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """
         super().reset(seed=seed)
         options = known_options(options, "start", "goal", "factors")
-        drawn = self.np_random.uniform(*FIELD, (2, 2))  # both, so that giving one keeps the other
+        drawn = self.np_random.uniform(
+            FIELD[0], FIELD[1], (2, 2)
+        )  # both, so that giving one keeps the other
         goal = self._whole("goal", options.get("goal", drawn[1]))
         start = self._whole("start", options.get("start", drawn[0]))
         self._scene.vary(options.get("factors", self._factors), self.np_random.spawn(1)[0])

@@ -15,11 +15,13 @@ TIP = 0.107 + 0.1034  # metres along z of the last joint: to the flange, then to
 
 LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])  # rad
 HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
-SPEED = 0.99 * np.array([2.1750, 2.1750, 2.1750, 2.1750, 2.6100, 2.6100, 2.6100])  # rad/s; a hundredth below
+SPEED = 0.99 * np.array(
+    [2.1750, 2.1750, 2.1750, 2.1750, 2.6100, 2.6100, 2.6100]
+)  # rad/s; a hundredth below
 MARGIN = 0.05  # rad; what is asked of a joint stays this far within its limits
 
 REST = np.array([0.0, -np.pi / 4, 0.0, -3 * np.pi / 4, 0.0, np.pi / 2, np.pi / 4])  # the hand down
-DOWN = np.array([[1.0, -1.0, 0.0], [-1.0, -1.0, 0.0], [0.0, 0.0, -2**0.5]]) / 2**0.5
+DOWN = np.array([[1.0, -1.0, 0.0], [-1.0, -1.0, 0.0], [0.0, 0.0, -(2**0.5)]]) / 2**0.5
 DAMPING = 0.03
 TURN = 5.0  # 1/s; how fast the hand turns back down
 POSTURE = 3.0  # 1/s; how fast the elbow swings back to rest, where the tip does not mind
@@ -57,7 +59,7 @@ def chain(angles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def follow(angles: np.ndarray, velocity: np.ndarray) -> np.ndarray:
     """Return joint velocities (..., 7) that move the tip with a velocity (..., 3) in m/s.
 
-    Damped least squares (Nakamura and Hanafusa 1986): J' (J J' + damping^2)^-1 of the velocity asked
+    Damped least squares (Nakamura and Hanafusa 1986): J' (J J' + damping^2)^-1 of what is asked
     for. The hand is turned down at the same time, and what is left of the seven joints returns to
     `REST`, so that a resting place of the tip has one posture. No joint exceeds `SPEED`: all are
     slowed alike.

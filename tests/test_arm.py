@@ -1,5 +1,8 @@
 """The arm is the published one, keeps its limits, and goes where it is led."""
 
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's names come from a compiled module without stubs)
+
 import mujoco
 import numpy as np
 import pytest
@@ -28,7 +31,7 @@ def led():
 
 
 def published_tip(angles):
-    """Multiply the transforms of the table of Franka's documentation, one row (a, d, alpha) each."""
+    """Multiply the transforms of the table of Franka's documentation: a, d, alpha a row."""
     table = [
         (0, 0.333, 0),
         (0, 0, -np.pi / 2),
@@ -123,8 +126,7 @@ def test_the_same_place_has_one_posture_however_it_was_reached(led):
     for action in ([1, 1, 0], [0, 1, 1], [-1, 0, 1], [1, 1, -1]):
         for _ in range(4):
             led.step(np.array(action))
-    for _ in range(20):
-        *_, info = led.step(np.zeros(3))
+    _, _, _, _, info = [led.step(np.zeros(3)) for _ in range(20)][-1]
     expected = panda.posture(info["proprio"][:3].astype(float))
     np.testing.assert_allclose(info["configuration"], expected, atol=0.02)
 
