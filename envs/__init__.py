@@ -20,6 +20,10 @@ SHORT_NAMES = {
     "reach_torque": "jepa_world/ReachTorque-v0",
     "push": "jepa_world/Push-v0",
     "push_square": "jepa_world/PushSquare-v0",
+    "maze": "jepa_world/Maze-v0",
+    "maze_medium": "jepa_world/MazeMedium-v0",
+    "maze_large": "jepa_world/MazeLarge-v0",
+    "rooms": "jepa_world/Rooms-v0",
 }
 
 
@@ -76,6 +80,10 @@ _TASKS = (  # id, module, class, options
     ("ReachTorque", "reach", "ReachEnv", {"control": "torque"}),
     ("Push", "push", "PushEnv", {"block": "t"}),
     ("PushSquare", "push", "PushEnv", {"block": "square"}),
+    ("Maze", "maze", "MazeEnv", {"layout": "small"}),
+    ("MazeMedium", "maze", "MazeEnv", {"layout": "medium"}),
+    ("MazeLarge", "maze", "MazeEnv", {"layout": "large"}),
+    ("Rooms", "rooms", "RoomsEnv", {}),
 )
 for _id, _module, _class, _options in _TASKS:
     gymnasium.register(
