@@ -85,7 +85,9 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if block not in ("t", "square"):
             raise ValueError(f"block is {block!r}, expected 't' or 'square'")
         if not (tolerance > 0 and angle_tolerance > 0):
-            raise ValueError(f"need tolerances above 0, got {tolerance} m and {angle_tolerance} rad")
+            raise ValueError(
+                f"need tolerances above 0, got {tolerance} m and {angle_tolerance} rad"
+            )
         self.render_mode = render_mode
         self.tolerance = tolerance
         self.angle_tolerance = angle_tolerance
@@ -333,7 +335,7 @@ def _factors(model: mujoco.MjModel) -> dict[str, Factor]:
         "block_color": color(model, "block"),
         "disc_color": color(model, "disc"),
         "camera": camera(model, 0.02),
-        "zoom": zoom(model),
+        "zoom": zoom(model, 0.95, 1.15),
         "block_size": extent(model, 0.8, 1.2, "block"),
         "disc_size": extent(model, 0.8, 1.25, "disc"),
         "friction": scaled(0.2, 2.0, *touching),

@@ -10,7 +10,7 @@ from jepa_world.evaluation import unsolved_seeds
 from jepa_world.registry import UserError
 from jepa_world.testing import check_env
 
-TASKS = ["reach"]
+TASKS = ["reach", "push", "push_square", "maze", "maze_medium", "maze_large", "rooms"]
 
 
 @pytest.fixture(scope="module", params=TASKS)
