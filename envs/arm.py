@@ -25,7 +25,7 @@ TIP_SPEED = 0.4  # m/s of an action of 1 along an axis: 4 cm a step
 JOINT_SPEED = 1.5  # rad/s of an action of 1 in the joint variant
 BOX = np.array([[0.32, -0.30, 0.05], [0.60, 0.30, 0.45]])  # where the tip is led and drawn, metres
 SPREAD = np.array([0.8, 0.4, 0.6, 0.4, 0.6, 0.5, 0.6])  # rad from rest, of joint angles drawn
-PLAIN = ("table", "wall", "base", "hand")  # materials whose colour is no factor of the object's
+PLAIN = ("table", "wall", "base", "hand")  # materials whose colour does not vary over all colours
 CLEAR = 0.05  # metres above the table, of a tip drawn
 FINGER = 0.02  # metres; how far each finger is open where nothing is held
 
@@ -176,18 +176,16 @@ def arm_scene(xml: str, *, size: int, without: tuple[str, ...]) -> Scene:
 
 
 def _factors(model: mujoco.MjModel) -> dict[str, Factor]:
-    links = model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE
-    parts = [model.mat(index).name for index in range(model.nmat)]
-    colors = {f"{name}_color": color(model, name) for name in parts if name not in PLAIN}
+    links = np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE)
+    shown = [model.mat(index).name for index in sorted(set(model.geom_matid) - {-1})]
+    colors = {f"{name}_color": color(model, name) for name in shown if name not in PLAIN}
     return {
         "light": light(model),
         **{f"{name}_color": color(model, name, 0.6, 1.0) for name in ("table", "wall")},
         **colors,
         "cameras": shifted(model.cam_pos, 0.03),
         "zoom": scaled(0.95, 1.1, model.cam_fovy),
-        "width": scaled(
-            0.75, 1.25, *(model.geom_size[index, :1] for index in np.flatnonzero(links))
-        ),
+        "width": scaled(0.75, 1.25, *(model.geom_size[link, :1] for link in links)),
     }
 
 

@@ -159,6 +159,17 @@ def test_two_views_tell_apart_what_one_does_not(led):
     assert np.abs(left - right)[..., :3].mean() > 3.0
 
 
+@pytest.mark.parametrize(("name", "object"), [("arm", "tip"), ("cube", "cube")])
+def test_every_factor_alone_changes_the_picture_and_never_the_start(name, object):
+    env = envs.make(name, size=32)
+    plain, info = env.reset(seed=4)
+    assert f"{object}_color" in info["factors"]
+    for factor in info["factors"]:
+        varied, other = env.reset(seed=4, options={"factors": {factor: "random"}})
+        np.testing.assert_array_equal(other["configuration"], info["configuration"])
+        assert (varied != plain).any(), factor
+
+
 def test_render_shows_the_views_side_by_side(arm):
     observation, _ = arm.reset(seed=0)
     np.testing.assert_array_equal(arm.render(), in_colour(observation))
