@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jepa_world import Agent, load_world_model
-from jepa_world.commands.plan import Planning, make_planner, open_env, shipped
+from jepa_world.commands.plan import Planning, make_planner, open_env, shipped, tolerance_of
 from jepa_world.config import Part
 from jepa_world.evaluation import (
     Episode,
@@ -101,7 +101,7 @@ def main() -> None:
 def reach(count: int, seed: int) -> None:
     model, description = load_world_model(shipped("reach"))
     env = open_env(Planning(), description)
-    seeds = unsolved_seeds(env, count, seed, Planning.tolerance)
+    seeds = unsolved_seeds(env, count, seed, tolerance_of(Planning(), env))
     print(
         "| planner | options | CPU-ms a plan | end within 5 cm | within 2 cm | end, mm | all, mm |"
     )

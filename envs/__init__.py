@@ -5,7 +5,9 @@ One domain is one `.py` beside one `.xml`. Nothing heavy is imported until an en
 
 import os
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,18 @@ if __name__ != "jepa_world.envs":
 SHORT_NAMES = {
     "reach": "jepa_world/Reach-v0",
     "reach_torque": "jepa_world/ReachTorque-v0",
+    "push": "jepa_world/Push-v0",
+    "push_square": "jepa_world/PushSquare-v0",
+    "maze": "jepa_world/Maze-v0",
+    "maze_medium": "jepa_world/MazeMedium-v0",
+    "maze_large": "jepa_world/MazeLarge-v0",
+    "rooms": "jepa_world/Rooms-v0",
+    "arm": "jepa_world/Arm-v0",
+    "arm_joint": "jepa_world/ArmJoint-v0",
+    "cube": "jepa_world/Cube-v0",
 }
+
+EXTRAS = {"imageio": "gymnasium", "ogbench": "ogbench"}  # module that is missing -> what brings it
 
 
 class EnvError(RuntimeError):
@@ -29,6 +42,8 @@ def make(name: str, **options: Any) -> gymnasium.Env:
 
     `options` are the environment's own (`size=96`). OpenGL is chosen before MuJoCo is imported. A
     module is searched in the user's working directory last, whichever launcher started Python.
+    MuJoCo environments of Gymnasium (`Reacher-v5`) and OGBench's come with the adapters that show
+    pictures and goals.
 
     Raises:
         EnvError: unknown name or option, or no OpenGL.
@@ -47,13 +62,51 @@ def make(name: str, **options: Any) -> gymnasium.Env:
         checkout = str(Path(__file__).resolve().parent.parent)
         sys.path[:] = [entry for entry in before if entry != checkout] + [os.getcwd()]
     try:
-        return gymnasium.make(SHORT_NAMES.get(name, name), **options)
-    except (gymnasium.error.Error, ImportError) as error:
+        return _make(SHORT_NAMES.get(name, name), options)
+    except ImportError as error:
+        extra = EXTRAS.get(error.name or "")
+        hint = f": pip install 'jepa-world[{extra}]'" if extra else _nearest(name)
+        raise EnvError(f"env {name!r} cannot be imported, {error}{hint}") from error
+    except gymnasium.error.Error as error:
         raise EnvError(f"unknown env {name!r}{_nearest(name)}; {error}") from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise EnvError(f"env {name!r} does not take options {options!r}: {error}") from error
     finally:
         sys.path[:] = [*before, *(entry for entry in sys.path if entry not in before)]
+
+
+def drawn(factors: Iterable[str]) -> str | dict[str, str]:
+    """Return the option `factors` that draws these at random in every episode; `all`: all."""
+    names = list(factors)
+    return "random" if names == ["all"] else dict.fromkeys(names, "random")
+
+
+def _make(name: str, options: dict[str, Any]) -> gymnasium.Env:
+    module, _, plain = name.rpartition(":")
+    if module:
+        import_module(module)
+    spec = gymnasium.registry.get(plain)
+    if spec is not None and _is_of_gymnasium(spec):
+        from jepa_world.envs.adapters import picture_env
+
+        return picture_env(spec, options)
+    env = gymnasium.make(plain, **options)
+    if type(env.unwrapped).__module__.startswith("ogbench."):
+        from jepa_world.envs.adapters import KeptGoal
+
+        return KeptGoal(env)
+    return env
+
+
+def _is_of_gymnasium(spec: gymnasium.envs.registration.EnvSpec) -> bool:
+    """Return whether an environment is one of Gymnasium's class for MuJoCo."""
+    creator = spec.entry_point
+    if isinstance(creator, str):
+        creator = gymnasium.envs.registration.load_env_creator(creator)
+    return isinstance(creator, type) and any(
+        base.__name__ == "MujocoEnv" and base.__module__.startswith("gymnasium.")
+        for base in creator.__mro__
+    )
 
 
 def _nearest(name: str) -> str:
@@ -62,10 +115,23 @@ def _nearest(name: str) -> str:
     return f"{hint}; known: {', '.join(SHORT_NAMES)}, any Gymnasium id, or module:Id-v0"
 
 
-for _id, _control in (("Reach", "velocity"), ("ReachTorque", "torque")):
+_TASKS = (  # id, module, class, options
+    ("Reach", "reach", "ReachEnv", {"control": "velocity"}),
+    ("ReachTorque", "reach", "ReachEnv", {"control": "torque"}),
+    ("Push", "push", "PushEnv", {"block": "t"}),
+    ("PushSquare", "push", "PushEnv", {"block": "square"}),
+    ("Maze", "maze", "MazeEnv", {"layout": "small"}),
+    ("MazeMedium", "maze", "MazeEnv", {"layout": "medium"}),
+    ("MazeLarge", "maze", "MazeEnv", {"layout": "large"}),
+    ("Rooms", "rooms", "RoomsEnv", {}),
+    ("Arm", "arm", "ArmEnv", {"control": "tip"}),
+    ("ArmJoint", "arm", "ArmEnv", {"control": "joint"}),
+    ("Cube", "cube", "CubeEnv", {}),
+)
+for _id, _module, _class, _options in _TASKS:
     gymnasium.register(
         f"jepa_world/{_id}-v0",
-        entry_point="jepa_world.envs.reach:ReachEnv",
+        entry_point=f"jepa_world.envs.{_module}:{_class}",
         max_episode_steps=100,
-        kwargs={"control": _control},
+        kwargs=_options,
     )

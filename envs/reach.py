@@ -13,12 +13,18 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from jepa_world.envs.rendering import SmoothRenderer, choose_gl
+from jepa_world.envs.tasks import (
+    Factor,
+    Scene,
+    camera,
+    color,
+    known_options,
+    light,
+    scaled,
+    zoom,
+)
 
-choose_gl()  # before mujoco, which reads the choice when it is imported
-
-import mujoco  # noqa: E402
-from mujoco import rollout  # noqa: E402
+import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
 
 LINK = 0.20  # metres, both links
 SUBSTEPS = 5  # of 0.02 s: one step of the environment is 0.1 s
@@ -37,10 +43,14 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     `info`: "goal" (like an observation), "success" (tip within `tolerance` metres of the goal's
     tip), "state" (q1, q2 in rad, their rates in rad/s; float64), "proprio" (cos q1, sin q1, cos q2,
-    sin q2; float32).
+    sin q2; float32), "configuration" (q1, q2 in rad), "factors" (the values of all).
 
     `reset(options={"start": (q1, q2), "goal": (q1, q2)})` sets joint angles in radians; what is
     left out is drawn uniformly within the joints' limits (the shoulder turns without limit).
+    `factors` of the options, or of the constructor for all episodes, vary the picture ("random", or
+    a value or "random" by name): "light", "table_color", "upper_color", "lower_color", "tip_color"
+    (red, green, blue), "camera" (shift in metres along x and y), "zoom", "width" (scale of links
+    and tip).
 
     Example:
         >>> env = ReachEnv(size=32)
@@ -58,6 +68,7 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         control: str = "velocity",
         size: int = 64,
         tolerance: float = 0.05,
+        factors: Any = None,
         render_mode: str | None = None,
     ):
         if control not in ("velocity", "torque"):
@@ -66,13 +77,13 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.tolerance = tolerance
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self._model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("reach.xml")))
+        model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("reach.xml")))
         if control == "torque":
-            self._model.actuator_gainprm[:, 0] = TORQUE
-            self._model.actuator_biasprm[:] = 0.0
-        self._data = mujoco.MjData(self._model)
-        self._renderer = SmoothRenderer(self._model, size=size, camera="above")
-        self._simulator = _Simulator(self._model)
+            model.actuator_gainprm[:, 0] = TORQUE
+            model.actuator_biasprm[:] = 0.0
+        self._scene = Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model))
+        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
+        self._factors = factors
         self._goal_tip = np.zeros(2)
         self._goal_picture = self._observation = np.zeros((size, size, 3), np.uint8)
 
@@ -82,20 +93,19 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Place the arm at rest at the start, and picture the goal.
 
         Raises:
-            ValueError: an option that is unknown, of another shape, or beyond the elbow's limit.
+            ValueError: an option that is unknown, of another shape, or beyond its limit.
         """
         super().reset(seed=seed)
-        options = options or {}
-        if unknown := set(options) - {"start", "goal"}:
-            raise ValueError(f"unknown reset options {sorted(unknown)!r}; known: start, goal")
+        options = known_options(options, "start", "goal", "factors")
         drawn = self.np_random.uniform(
             LOW, HIGH, (2, 2)
         )  # both, so that giving one keeps the other
         goal = _configuration("goal", options.get("goal", drawn[1]))
         start = _configuration("start", options.get("start", drawn[0]))
+        self._scene.vary(options.get("factors", self._factors), self.np_random.spawn(1)[0])
         self._goal_tip = tip(goal)
-        self._goal_picture = self._place(goal)
-        self._observation = self._place(start)
+        self._goal_picture = self._scene.place(goal)
+        self._observation = self._scene.place(start)
         return self._observation, self._info()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -104,26 +114,19 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Raises:
             ValueError: an action of another shape, or one that is not finite.
         """
-        action = np.asarray(action)
-        if action.shape != (2,) or not np.isfinite(action).all():
-            raise ValueError(f"action is {action!r}, expected two finite numbers in [-1, 1]")
-        self._data.ctrl[:] = action
-        mujoco.mj_step(self._model, self._data, SUBSTEPS)
-        mujoco.mj_kinematics(self._model, self._data)  # mj_step leaves the poses a substep behind
-        self._observation = self._renderer(self._data)
+        self._observation = self._scene.step(action)
         return self._observation, -self.goal_distance(), False, False, self._info()
 
     def goal_distance(self) -> float:
         """Return the distance of the tip to the goal's tip now, in metres."""
-        return float(np.linalg.norm(tip(self._data.qpos) - self._goal_tip))
+        return float(np.linalg.norm(tip(self._scene.data.qpos) - self._goal_tip))
 
     def goal_distances(self, actions: np.ndarray) -> np.ndarray:
         """Return the distance in metres after every action of sequences (s, h, 2), as (s, h).
 
         Starts from the present state, which is left as it was; nothing is rendered.
         """
-        angles = self._simulator(self._data, actions)
-        return np.linalg.norm(tip(angles) - self._goal_tip, axis=-1)
+        return np.linalg.norm(tip(self._scene.imagine(actions)) - self._goal_tip, axis=-1)
 
     def render(self) -> np.ndarray | None:
         """Return the last observation, or None without a render mode."""
@@ -131,50 +134,32 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def close(self) -> None:
         """Free the OpenGL context."""
-        self._renderer.close()
-
-    def _place(self, angles: np.ndarray) -> np.ndarray:
-        mujoco.mj_resetData(self._model, self._data)
-        self._data.qpos[:] = angles
-        mujoco.mj_forward(self._model, self._data)
-        return self._renderer(self._data)
+        self._scene.close()
 
     def _info(self) -> dict[str, Any]:
-        angles = self._data.qpos
+        angles = self._scene.data.qpos
         proprio = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(4)
         return {
             "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() < self.tolerance,
-            "state": np.concatenate([angles, self._data.qvel]),
+            "success": self.goal_distance() <= self.tolerance,
+            "state": np.concatenate([angles, self._scene.data.qvel]),
             "proprio": proprio.astype(np.float32),
+            "configuration": angles.copy(),
+            "factors": self._scene.values,
         }
 
 
-class _Simulator:
-    """Roll candidate actions out from a state with `mujoco.rollout`, in the calling thread."""
-
-    def __init__(self, model: mujoco.MjModel):
-        self._model, self._data = model, mujoco.MjData(model)
-        self._spec = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
-        self._start = np.empty(mujoco.mj_stateSize(model, self._spec))
-        self._rollout = rollout.Rollout(nthread=0)
-
-    def __call__(self, data: mujoco.MjData, actions: np.ndarray) -> np.ndarray:
-        """Return the joint angles (s, h, 2) after every action of (s, h, 2)."""
-        samples, horizon, _ = actions.shape
-        mujoco.mj_getState(self._model, data, self._start, self._spec)
-        states = np.empty((samples, horizon * SUBSTEPS, len(self._start)))
-        self._rollout.rollout(
-            [self._model] * samples,
-            [self._data],
-            np.tile(self._start, (samples, 1)),
-            np.repeat(np.asarray(actions, np.float64), SUBSTEPS, axis=1),
-            skip_checks=True,
-            nstep=horizon * SUBSTEPS,
-            initial_warmstart=np.tile(data.qacc_warmstart, (samples, 1)),
-            state=states,
-        )
-        return states[:, SUBSTEPS - 1 :: SUBSTEPS, 1:3]  # a state is time, q, dq
+def _factors(model: mujoco.MjModel) -> dict[str, Factor]:
+    widths = [model.geom(name).size[:1] for name in ("hub", "upper", "lower", "tip")]
+    colors = {f"{name}_color": color(model, name) for name in ("upper", "lower", "tip")}
+    return {
+        "light": light(model),
+        "table_color": color(model, "table", 0.6, 1.0),
+        **colors,
+        "camera": camera(model, 0.04),
+        "zoom": zoom(model),
+        "width": scaled(0.75, 1.25, *widths),
+    }
 
 
 def tip(angles: np.ndarray) -> np.ndarray:

@@ -181,6 +181,9 @@ class Planner(Protocol):
 class SimulatorEnv(Protocol):
     """An environment may also offer this: true distances, for the ceiling of a perfect model."""
 
+    tolerance: float
+    """The largest distance that counts as success: `info["success"]` says the same."""
+
     def goal_distances(self, actions: Float[np.ndarray, "s h a"]) -> Float[np.ndarray, "s h"]:
         """Return the true distance to the goal (in the unit of the tolerance) after every action.
 

@@ -139,8 +139,8 @@ class Strip(NamedTuple):
 
 
 def contact_sheet(strips: Sequence[Strip]) -> Figure:
-    """Draw episodes in rows; of more than three channels the first three."""
-    height, width = strips[0].frames.shape[1:3]
+    """Draw episodes in rows."""
+    height, width = in_colour(strips[0].frames[0]).shape[:2]
     most = max(len(strip.steps) for strip in strips)
     cell = 1.5 * height / width + 0.25
     figure = Figure(figsize=(1.5 * most + 0.9, cell * len(strips)), layout="constrained")
@@ -149,7 +149,7 @@ def contact_sheet(strips: Sequence[Strip]) -> Figure:
         for axis in row[len(strip.steps) :]:
             axis.axis("off")
         for axis, step, frame in zip(row, strip.steps, strip.frames, strict=False):
-            _show(axis, frame[..., :3] if frame.shape[-1] > 2 else frame[..., :1])
+            _show(axis, in_colour(frame))
             axis.set_title(f"{step}", fontsize=7, pad=2)
         row[0].annotate(
             strip.title,
@@ -162,7 +162,23 @@ def contact_sheet(strips: Sequence[Strip]) -> Figure:
     return figure
 
 
+def in_colour(frame: UInt8[np.ndarray, "hh ww c"]) -> UInt8[np.ndarray, "hh wide 3"]:
+    """Return a frame as one picture of red, green and blue.
+
+    Several views, three channels each, come side by side; of other numbers of channels the first
+    three, or the first one in grey.
+
+    Example:
+        >>> in_colour(np.zeros((4, 4, 6), np.uint8)).shape
+        (4, 8, 3)
+    """
+    channels = frame.shape[-1]
+    if channels < 3:
+        return frame[..., :1].repeat(3, axis=-1)
+    views = channels // 3 if channels % 3 == 0 else 1
+    return rearrange(frame[..., : 3 * views], "hh ww (v c) -> hh (v ww) c", c=3)
+
+
 def _show(axis: Axes, picture: UInt8[np.ndarray, "hh ww c"]) -> None:
-    shown, colours = (picture[..., 0], "gray") if picture.shape[2] == 1 else (picture, None)
-    axis.imshow(shown, cmap=colours, vmin=0, vmax=255)
+    axis.imshow(in_colour(picture))
     axis.axis("off")

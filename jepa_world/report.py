@@ -18,6 +18,7 @@ from jepa_world.agent import Agent
 from jepa_world.data.video import write_video
 from jepa_world.evaluation import Episode, Frame
 from jepa_world.methods.world_model import WorldModel
+from jepa_world.pictures import in_colour
 
 
 class FrameBank:
@@ -72,12 +73,14 @@ def _panels(film: Film, step: int, *, size: int = 256) -> UInt8[np.ndarray, "hh 
     pictures = (film.goal, film.seen[step], film.imagined[step])
     distance = film.episode.distances[step]
     titles = ("goal", f"step {step}: {distance:.3f} from the goal", "the plan's end, imagined")
-    canvas = Image.new("RGB", (3 * size, size + 24), "white")
+    rows, columns = in_colour(film.goal).shape[:2]
+    width = size * columns // rows
+    canvas = Image.new("RGB", (3 * width, size + 24), "white")
     draw = ImageDraw.Draw(canvas)
     for column, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        image = Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST)
-        canvas.paste(image, (column * size, 24))
-        draw.text((column * size + 6, 6), title, fill="black")
+        image = Image.fromarray(in_colour(picture)).resize((width, size), Image.Resampling.NEAREST)
+        canvas.paste(image, (column * width, 24))
+        draw.text((column * width + 6, 6), title, fill="black")
     return np.asarray(canvas)
 
 
@@ -85,13 +88,15 @@ def _still(films: list[Film], tolerance: float) -> Figure:
     """Draw a row an episode: the goal, moments of what happened, and the distance over time."""
     last = len(films[0].seen) - 1
     moments = sorted({0, last // 6, last // 3, last // 2, last})
-    figure = Figure(figsize=(2 * (len(moments) + 2.4), 2.1 * len(films)), layout="constrained")
-    widths = [1.0] * (len(moments) + 1) + [1.4]
+    rows, columns = in_colour(films[0].goal).shape[:2]
+    wide = (len(moments) + 1) * columns / rows + 1.4
+    figure = Figure(figsize=(2 * wide, 2.1 * len(films)), layout="constrained")
+    widths = [columns / rows] * (len(moments) + 1) + [1.4]
     axes = figure.subplots(len(films), len(widths), squeeze=False, width_ratios=widths)
     for row, film in zip(axes, films, strict=True):
         shown = [("goal", film.goal)] + [(f"step {m}", film.seen[m]) for m in moments]
         for axis, (title, picture) in zip(row, shown, strict=False):
-            axis.imshow(picture)
+            axis.imshow(in_colour(picture))
             axis.set_title(title, fontsize=9)
             axis.axis("off")
         row[-1].plot(film.episode.distances, color="tab:blue")

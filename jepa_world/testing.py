@@ -5,7 +5,7 @@ as it was, its mode and running statistics included. The contracts are in `jepa_
 """
 
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, cast
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from jepa_world.interfaces import Encoder, FastRollout, Planner, PrefixRollout, SimulatorEnv
 from jepa_world.objectives import Objective
+from jepa_world.policies import ExpertEnv, GuidedEnv
 from jepa_world.registry import UserError
 
 
@@ -206,13 +207,20 @@ def check_env(env: gymnasium.Env[Any, Any], *, configuration: Any = None) -> Non
     """Check an environment: gymnasium's own `check_env` and the promises of ours.
 
     Actions in [-1, 1], an image of bytes, `info["goal"]` like an observation, `info["success"]` a
-    bool, the same frames under the same seed, and true distances that agree with what happens, if
-    the environment offers them.
+    bool, the same frames under the same seed. What an environment may offer besides is checked
+    where it does:
+
+    - true distances (`SimulatorEnv`) that agree with what happens and with `success`;
+    - `info["configuration"]`, a value for the reset options `start` and `goal` that leads back to
+      where it was seen, and to the goal if it is the goal;
+    - `info["factors"]`, values for the reset option `factors` that lead back to the same picture;
+      "random" draws other ones, which change pictures and not the state;
+    - a `guide` and an `expert` whose actions are within bounds and follow from their generator.
 
     Args:
         env: The environment; it is left after a reset.
-        configuration: A value for the reset options `start` and `goal`. Given to both, the first
-            frame must be the goal and a success.
+        configuration: A value for the reset options `start` and `goal`, of an environment that
+            reports none. Given to both, the first frame must be the goal and a success.
 
     Raises:
         ContractError: naming the promise that was broken.
@@ -227,13 +235,19 @@ def check_env(env: gymnasium.Env[Any, Any], *, configuration: Any = None) -> Non
     frames = _episode(inner, seed=1)
     if not np.array_equal(frames, _episode(inner, seed=1)):
         raise ContractError("env showed different frames under the same seed and actions")
+    _, info = inner.reset(seed=1)
     if configuration is not None:
-        options = {"start": configuration, "goal": configuration}
-        observation, info = inner.reset(seed=1, options=options)
-        if not (np.array_equal(observation, info["goal"]) and info["success"]):
-            raise ContractError("env started at the goal, but the frame or `success` disagrees")
+        _check_start_is_goal(inner, configuration)
+    if "configuration" in info:
+        _check_configuration(inner)
+    if "factors" in info:
+        _check_factors(inner)
     if isinstance(inner, SimulatorEnv):
         _check_distances(inner, inner)
+    if isinstance(inner, GuidedEnv):
+        _check_script("guide", inner.guide, inner)
+    if isinstance(inner, ExpertEnv):
+        _check_script("expert", inner.expert, inner)
     inner.reset(seed=1)
 
 
@@ -545,16 +559,74 @@ def _goal(env: gymnasium.Env[Any, Any], info: dict[str, Any]) -> Any:
     return info["goal"].copy()
 
 
+def _check_start_is_goal(env: gymnasium.Env[Any, Any], configuration: Any) -> None:
+    options = {"start": configuration, "goal": configuration}
+    observation, info = env.reset(seed=1, options=options)
+    if not (np.array_equal(observation, info["goal"]) and info["success"]):
+        raise ContractError("env started at the goal, but the frame or `success` disagrees")
+
+
+def _check_configuration(env: gymnasium.Env[Any, Any]) -> None:
+    env.reset(seed=1)
+    for action in _actions(env, 3):
+        seen, *_, info = env.step(action)
+    there = np.array(info["configuration"])
+    again, info = env.reset(seed=1, options={"start": there})
+    if not np.allclose(info["configuration"], there, atol=1e-6):
+        raise ContractError("env set to start at an info['configuration'] starts somewhere else")
+    if np.abs(again.astype(int) - seen).mean() > 1:
+        raise ContractError("env shows another picture where info['configuration'] is the same")
+    _check_start_is_goal(env, there)
+
+
+def _check_factors(env: gymnasium.Env[Any, Any]) -> None:
+    plain, info = env.reset(seed=1)
+    varied, drawn = env.reset(seed=1, options={"factors": "random"})
+    again, _ = env.reset(seed=1, options={"factors": drawn["factors"]})
+    after, _ = env.reset(seed=1)
+    if not np.array_equal(info["configuration"], drawn["configuration"]):
+        raise ContractError("env starts elsewhere under other factors of the same seed")
+    if np.array_equal(plain, varied):
+        raise ContractError("env shows the same picture under random factors")
+    if not np.array_equal(varied, again):
+        raise ContractError("env given its info['factors'] shows another picture")
+    if not np.array_equal(plain, after):
+        raise ContractError("env keeps factors of an earlier episode")
+
+
+def _check_script(
+    name: str,
+    script: Callable[[np.random.Generator], Iterator[Any]],
+    env: gymnasium.Env[Any, Any],
+) -> None:
+    played: list[Any] = []
+    for _ in range(2):
+        env.reset(seed=3)
+        actions = script(np.random.default_rng(0))
+        for _ in range(5):
+            action = np.asarray(next(actions)).astype(np.float32)
+            if not env.action_space.contains(action):
+                raise ContractError(f"env.{name} yields {action}, not in {env.action_space}")
+            env.step(action)
+            played.append(action)
+    if not np.array_equal(played[:5], played[5:]):
+        raise ContractError(f"env.{name} yields other actions from the same generator")
+
+
 def _check_distances(simulator: SimulatorEnv, env: gymnasium.Env[Any, Any]) -> None:
     actions = _actions(env, 2, 3)
     env.reset(seed=2)
     before = simulator.goal_distance()
+    if not simulator.tolerance > 0:
+        raise ContractError(f"env has tolerance {simulator.tolerance}, expected a distance")
     foreseen = simulator.goal_distances(actions)
     if foreseen.shape != (2, 3):
         raise ContractError(f"env.goal_distances returned {foreseen.shape}, expected (2, 3)")
     if simulator.goal_distance() != before:
         raise ContractError("env.goal_distances moved the environment")
     for step, action in enumerate(actions[0]):
-        env.step(action)
+        *_, info = env.step(action)
+        if info["success"] != (simulator.goal_distance() <= simulator.tolerance):
+            raise ContractError("env's `success` disagrees with its distance and tolerance")
         if not np.isclose(foreseen[0, step], simulator.goal_distance(), atol=1e-6):
             raise ContractError(f"env.goal_distances disagrees with what happens at step {step}")

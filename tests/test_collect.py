@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 import jepa_world
-from jepa_world.commands.collect import Collect, collect, smooth_actions
+from jepa_world.commands.collect import Collect, collect
 from jepa_world.data.trajectories import Trajectories
+from jepa_world.policies import smooth_actions
 from jepa_world.registry import UserError
 
 SMALL = Collect(episodes=5, steps=6, shard_episodes=2, workers=1, image_size=16)

@@ -434,6 +434,7 @@ def test_broken_objective_is_told_its_promise(objective, promise):
 class DotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """A right one: a bright pixel moves along a line; `goal_distances` is exact."""
 
+    tolerance = 0.49
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
     observation_space = gymnasium.spaces.Box(0, 255, (1, 8, 1), np.uint8)
 
@@ -442,6 +443,9 @@ class DotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         drawn = self.np_random.uniform(0, 7, 2)
         self.x = float((options or {}).get("start", drawn[0]))
         self.goal = float((options or {}).get("goal", drawn[1]))
+        factors = (options or {}).get("factors", {"light": 1.0})
+        random = {"light": self.np_random.uniform(0.2, 0.8)}
+        self.light = (random if factors == "random" else factors)["light"]
         return self.picture(self.x), self.info()
 
     def step(self, action):
@@ -450,11 +454,20 @@ class DotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def picture(self, x):
         frame = np.zeros((1, 8, 1), np.uint8)
-        frame[0, round(x)] = 255
+        frame[0, round(x)] = 255 * self.light
         return frame
 
     def info(self):
-        return {"goal": self.picture(self.goal), "success": self.goal_distance() < 0.5}
+        return {
+            "goal": self.picture(self.goal),
+            "success": self.goal_distance() <= 0.49,
+            "configuration": self.x,
+            "factors": {"light": self.light},
+        }
+
+    def guide(self, generator):
+        while True:
+            yield generator.uniform(-1, 1, 1)
 
     def goal_distance(self):
         return abs(self.x - self.goal)
@@ -507,6 +520,48 @@ class NeverThere(DotEnv):
         return {**super().info(), "success": False}
 
 
+class StartsElsewhere(DotEnv):
+    def info(self):
+        return {**super().info(), "configuration": self.x + 0.1}
+
+
+class KeepsFactors(DotEnv):
+    def reset(self, *, seed=None, options=None):
+        kept = {"factors": {"light": self.light}} if "light" in vars(self) else {}
+        return super().reset(seed=seed, options=kept | (options or {}))
+
+
+class FactorsMove(DotEnv):
+    def reset(self, *, seed=None, options=None):
+        moved = {"start": 1.0} if "factors" in (options or {}) else {}
+        return super().reset(seed=seed, options=moved | (options or {}))
+
+
+class Indifferent(DotEnv):
+    def picture(self, x):
+        self.light = 1.0
+        return super().picture(x)
+
+
+class WildGuide(DotEnv):
+    def guide(self, generator):
+        while True:
+            yield np.array([3.0])
+
+
+class MoodyGuide(DotEnv):
+    moods = 0
+
+    def guide(self, generator):
+        while True:
+            self.moods += 1
+            yield np.array([0.01 * self.moods])
+
+
+class Lenient(DotEnv):
+    tolerance = 100.0
+
+
 class Foresees(DotEnv):
     def goal_distances(self, actions):
         return super().goal_distances(actions) + 1.0
@@ -521,6 +576,13 @@ class Foresees(DotEnv):
         (GoalAsPosition, "env gives an info['goal'] that is not in its observation space"),
         (SuccessAsNumber, "env gives info['success'] as int, expected bool"),
         (NeverThere, "env started at the goal, but the frame or `success` disagrees"),
+        (StartsElsewhere, "env set to start at an info['configuration'] starts somewhere else"),
+        (KeepsFactors, "env keeps factors of an earlier episode"),
+        (FactorsMove, "env starts elsewhere under other factors of the same seed"),
+        (Indifferent, "env shows the same picture under random factors"),
+        (WildGuide, "env.guide yields [3.], not in"),
+        (MoodyGuide, "env.guide yields other actions from the same generator"),
+        (Lenient, "env's `success` disagrees with its distance and tolerance"),
         (Foresees, "env.goal_distances disagrees with what happens at step 0"),
     ],
 )

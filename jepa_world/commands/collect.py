@@ -1,13 +1,13 @@
-"""Collect trajectories: smooth random actions in an environment, stored as HDF5 shards.
+"""Collect trajectories: what a policy does in an environment, stored as HDF5 shards.
 
-Actions follow an Ornstein-Uhlenbeck process, a_t = rho a_(t-1) + sqrt(1 - rho^2) sigma noise,
-clipped to [-1, 1], interrupted by still segments in which every action is exactly zero: without
-them a model never learns that a resting arm rests. Episode i is a function of (seed, i) alone, so a
-dataset does not depend on the number of processes, nor on an interruption.
+Actions are smooth and random, or an environment's own guide gives them where it has one: random
+actions seldom touch an object. Still segments, in which every action is exactly zero, interrupt
+both: without them a model never learns that a resting arm rests. Episode i is a function of
+(seed, i) alone, so a dataset does not depend on the number of processes, nor on an interruption.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,24 +17,28 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from jaxtyping import Float32
 
 import jepa_world
 from jepa_world import envs
 from jepa_world.data.trajectories import Trajectories, is_complete, write_store
+from jepa_world.policies import PolicyName, actions_of, usual_policy
 from jepa_world.processes import map_in_processes
 from jepa_world.registry import UserError
 
-STILL_STEPS = 5.0  # mean length of a still segment
 STATE_COLUMNS = ("state", "proprio")  # of info, stored where the environment gives them
 
 
 @dataclass(frozen=True)
 class Collect:
-    """Collect trajectories of smooth random actions."""
+    """Collect trajectories of an environment."""
 
     env: str = "reach"
-    """Environment: `reach`, `reach_torque`, any Gymnasium id, or module:Id-v0."""
+    """Environment: `reach`, `push` and others (docs/envs.md), any Gymnasium id, or module:Id-v0."""
+    policy: PolicyName | None = None
+    """Who acts: smooth random actions, the environment's guide, or its expert, which goes to the
+    goal; default: guided where the environment has a guide, else random."""
+    factors: tuple[str, ...] | None = None
+    """Factors of variation drawn for every episode, by name; `all` is all of them. Default: none"""
     episodes: int = 1000
     """Number of episodes."""
     steps: int = 40
@@ -46,9 +50,9 @@ class Collect:
     workers: int = 0
     """Processes; 0 is one for every core."""
     correlation: float = 0.8
-    """Correlation of an action with the next one, from 0 to below 1."""
+    """Correlation of a random action with the next one, from 0 to below 1."""
     spread: float = 0.7
-    """Standard deviation of the actions before they are clipped to [-1, 1]."""
+    """Standard deviation of random actions before they are clipped to [-1, 1]."""
     still: float = 0.15
     """Share of the steps at which every action is exactly zero, about 5 steps at a time."""
     image_size: int | None = None
@@ -81,13 +85,15 @@ def collect(config: Collect) -> Path:
     folder = config.data or Path("data") / config.env.replace("/", "-").replace(":", "-")
     settings = {key: value for key, value in vars(config).items() if key not in _NOT_SETTINGS}
     settings["env"] = envs.SHORT_NAMES.get(config.env, config.env)
+    settings["factors"] = config.factors and list(config.factors)
     try:
         if is_complete(folder, settings, _versions()):
             return folder
-        _check_env(_kept_env(config), config.env)
+        env = _kept_env(config)
+        _check_env(env, config.env)
         description = {
             "settings": settings,
-            "policy": "ornstein-uhlenbeck",
+            "policy": config.policy or usual_policy(env),
             "versions": _versions(),
         }
         write_store(
@@ -110,53 +116,24 @@ def collect(config: Collect) -> Path:
     return folder
 
 
-def smooth_actions(
-    generator: np.random.Generator,
-    steps: int,
-    action_dim: int,
-    *,
-    correlation: float = 0.8,
-    spread: float = 0.7,
-    still: float = 0.15,
-) -> Float32[np.ndarray, "t a"]:
-    """Draw an Ornstein-Uhlenbeck action sequence in [-1, 1], zero in still segments.
-
-    The process begins stationary. Whether a step is still is a Markov chain: it stays so for
-    `STILL_STEPS` steps on average, and is so at the share `still` of all steps.
-    """
-    noise = spread * generator.standard_normal((steps, action_dim))
-    noise[1:] *= np.sqrt(1.0 - correlation**2)
-    chance = generator.random(steps)
-    enter = still / (1.0 - still) / STILL_STEPS
-    actions = np.zeros((steps, action_dim), np.float32)
-    value, rests = np.zeros(action_dim), chance[0] < still
-    for step in range(steps):
-        value = correlation * value + noise[step]
-        if step > 0:
-            rests = chance[step] < (1.0 - 1.0 / STILL_STEPS if rests else enter)
-        if not rests:
-            actions[step] = value.clip(-1.0, 1.0)
-    return actions
-
-
-def play(env: gymnasium.Env, actions: Float32[np.ndarray, "t a"], seed: int) -> dict[str, Any]:
-    """Play actions from the start of a seed; return the columns, one row for every frame.
+def play(env: gymnasium.Env, actions: Iterable[np.ndarray], seed: int) -> dict[str, Any]:
+    """Play actions (a) from the start of a seed; return the columns, one row for every frame.
 
     An episode that the environment ends early is shorter; the action at the last frame is zero.
     """
     observation, info = env.reset(seed=seed)
     kept = [name for name in STATE_COLUMNS if name in info]
-    pixels, states = [observation], [[info[name] for name in kept]]
+    pixels, states, taken = [observation], [[info[name] for name in kept]], []
     for action in actions:
         observation, _, terminated, truncated, info = env.step(action)
+        taken.append(action)
         pixels.append(observation)
         states.append([info[name] for name in kept])
         if terminated or truncated:
             break
-    taken = np.zeros((len(pixels), actions.shape[1]), np.float32)
-    taken[:-1] = actions[: len(pixels) - 1]
     columns = {name: np.stack([row[i] for row in states]) for i, name in enumerate(kept)}
-    return {"pixels": np.stack(pixels), "action": taken, **columns}
+    padded = np.stack([*taken, np.zeros_like(taken[0])]).astype(np.float32)
+    return {"pixels": np.stack(pixels), "action": padded, **columns}
 
 
 _NOT_SETTINGS = ("data", "workers")
@@ -188,10 +165,11 @@ def _play_all(config: Collect, indices: list[int]) -> Iterator[dict[str, Any]]:
 def _play_index(config: Collect, index: int) -> dict[str, Any]:
     env = _kept_env(config)
     sequence = np.random.SeedSequence(config.seed, spawn_key=(index,))
-    actions = smooth_actions(
+    actions = actions_of(
+        env,
+        config.policy or usual_policy(env),
         np.random.default_rng(sequence),
         config.steps,
-        math.prod(env.action_space.shape or ()),
         correlation=config.correlation,
         spread=config.spread,
         still=config.still,
@@ -201,7 +179,9 @@ def _play_index(config: Collect, index: int) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)  # one environment for each process
 def _kept_env(config: Collect) -> gymnasium.Env:
-    options = {} if config.image_size is None else {"size": config.image_size}
+    options: dict[str, Any] = {} if config.image_size is None else {"size": config.image_size}
+    if config.factors is not None:
+        options["factors"] = envs.drawn(config.factors)
     return envs.make(config.env, max_episode_steps=config.steps, **options)
 
 

@@ -16,6 +16,7 @@ from jepa_world.commands.plan import (
     open_env,
     shipped,
     stride_of,
+    tolerance_of,
 )
 from jepa_world.config import require_at_least
 from jepa_world.evaluation import (
@@ -56,12 +57,13 @@ def run(config: Evaluate) -> None:
     """Measure, and leave results.json in the run folder."""
     use_one_thread()
     made = Run.of("evaluate", config.run_dir)
-    require_at_least(config, episodes=1, horizon=1, history=1, budget=1, tolerance=0, seed=0)
+    require_at_least(config, episodes=1, horizon=1, history=1, budget=1, seed=0)
     sources = config.checkpoint or (shipped(config.env),)
     models = [load_world_model(source, config.trust) for source in sources]
     env, *_ = [open_env(config, description) for _, description in models]
     steps = the_same_steps(config, [description for _, description in models])
-    seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
+    tolerance = tolerance_of(config, env)
+    seeds = unsolved_seeds(env, config.episodes, config.seed, tolerance)
     agents = [make_agent(config, env, model) for model, _ in models]
     made.open(config)
 
@@ -72,19 +74,19 @@ def run(config: Evaluate) -> None:
     episodes = [episode for model in by_model.values() for episode in model]
     results: dict[str, Any] = {
         "env": config.env,
-        **_rates(episodes, config.tolerance),
-        "random_floor": _rates(random, config.tolerance),
+        **_rates(episodes, tolerance),
+        "random_floor": _rates(random, tolerance),
         "plan_seconds": plan_seconds(episodes),
-        "tolerance": config.tolerance,
+        "tolerance": tolerance,
         "budget": config.budget,
         "seeds": seeds,
-        "models": {name: _rates(rows, config.tolerance) for name, rows in by_model.items()},
+        "models": {name: _rates(rows, tolerance) for name, rows in by_model.items()},
         "final_distances": {
             name: [round(row.distances[-1], 5) for row in rows] for name, rows in by_model.items()
         },
     }
     if config.ceiling:
-        results |= _ceiling(config, env, seeds, stride_of(models[0][1]))
+        results |= _ceiling(config, env, seeds, stride_of(models[0][1]), tolerance)
     for name in ("success_end", "success_ever"):
         rate = results[name]
         print(f"{name}: {rate['rate']:.1%} (n {rate['n']}, 95 %: {rate['low']} to {rate['high']})")
@@ -111,7 +113,7 @@ def _episodes(
 
 
 def _ceiling(
-    config: Evaluate, env: gym.Env[Any, Any], seeds: list[int], stride: int
+    config: Evaluate, env: gym.Env[Any, Any], seeds: list[int], stride: int, tolerance: float
 ) -> dict[str, Any]:
     """Return the rates of planning on the simulator; none where it or the planner cannot."""
     if not isinstance(simulator := env.unwrapped, SimulatorEnv):
@@ -122,7 +124,7 @@ def _ceiling(
     except UnsuitedCostError as error:
         print(f"no ceiling, the true simulator gives only costs: {error}")
         return {}
-    return {"simulator_ceiling": _rates(rows, config.tolerance)}
+    return {"simulator_ceiling": _rates(rows, tolerance)}
 
 
 def _rates(episodes: list[Episode], tolerance: float) -> dict[str, Any]:

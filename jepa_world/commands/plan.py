@@ -15,6 +15,7 @@ from jepa_world import envs
 from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
 from jepa_world.config import Part, part_options, require_at_least
+from jepa_world.envs.ahead import GoalsAhead
 from jepa_world.envs.blocks import ActionBlocks
 from jepa_world.evaluation import (
     ModelPolicy,
@@ -24,9 +25,10 @@ from jepa_world.evaluation import (
     success_ever,
     unsolved_seeds,
 )
-from jepa_world.interfaces import Planner
+from jepa_world.interfaces import Planner, SimulatorEnv
 from jepa_world.methods.world_model import WorldModel, load_world_model
 from jepa_world.objectives import Objective, weighted_sum
+from jepa_world.policies import actions_of, usual_policy
 from jepa_world.registry import UserError, did_you_mean, load_function
 from jepa_world.report import Film, FrameBank, write_report
 from jepa_world.runs import Run
@@ -51,8 +53,12 @@ class Planning:
     """Past observations given to the predictor."""
     budget: int = 15
     """Environment steps of an episode."""
-    tolerance: float = 0.05
-    """Largest distance to the goal that counts as success (metres, in reach)."""
+    tolerance: float | None = None
+    """Largest distance that counts as success; default: the environment's own (docs/envs.md)."""
+    ahead: int | None = None
+    """Goals are what acting as in `collect` reaches in so many steps; default: goals anywhere."""
+    factors: tuple[str, ...] | None = None
+    """Factors of variation drawn for every episode, by name; `all` is all of them. Default: none"""
     seed: int = 0
     """Of starts, goals and the planner's samples."""
     run_dir: Path | None = None
@@ -78,11 +84,12 @@ def run(config: Plan) -> None:
     """Plan, and leave results.json, plan.mp4, plan.png and report.html in the run folder."""
     use_one_thread()
     made = Run.of("plan", config.run_dir)
-    require_at_least(config, episodes=1, horizon=1, history=1, budget=1, tolerance=0, seed=0)
+    require_at_least(config, episodes=1, horizon=1, history=1, budget=1, seed=0)
     source = config.checkpoint or shipped(config.env)
     model, description = load_world_model(source, config.trust)
     env = open_env(config, description)
-    seeds = unsolved_seeds(env, config.episodes, config.seed, config.tolerance)
+    tolerance = tolerance_of(config, env)
+    seeds = unsolved_seeds(env, config.episodes, config.seed, tolerance)
     agent = make_agent(config, env, model)
     steps = model_steps(config, description)
     made.open(config)
@@ -96,17 +103,17 @@ def run(config: Plan) -> None:
     results: dict[str, Any] = {
         "env": config.env,
         "checkpoint": str(source),
-        "success_end": asdict(success_end(episodes, config.tolerance)),
-        "success_ever": asdict(success_ever(episodes, config.tolerance)),
+        "success_end": asdict(success_end(episodes, tolerance)),
+        "success_ever": asdict(success_ever(episodes, tolerance)),
         "plan_seconds": plan_seconds(episodes),
-        "tolerance": config.tolerance,
+        "tolerance": tolerance,
         "budget": config.budget,
         "seeds": seeds,
         "final_distances": [round(episode.distances[-1], 5) for episode in episodes],
     }
     write_report(made.folder, results, films)
     rate = results["success_end"]
-    print(f"{rate['rate']:.0%} of {rate['n']} episodes end within {config.tolerance} of the goal")
+    print(f"{rate['rate']:.0%} of {rate['n']} episodes end within {tolerance} of the goal")
     made.finish(results)
 
 
@@ -130,10 +137,13 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         UserError: unknown environment, or another than the checkpoint's.
     """
     _, channels, rows, columns = description["observation_shape"]
+    options = {} if config.factors is None else {"factors": envs.drawn(config.factors)}
     try:
-        env = _make_env(config.env, (rows, columns, channels))
+        env = _make_env(config.env, (rows, columns, channels), **options)
     except envs.EnvError as error:
         raise UserError(str(error)) from error
+    if config.ahead is not None:
+        env = goals_ahead(env, config.ahead)
     if stride_of(description) > 1:
         env = ActionBlocks(env, stride_of(description))
     trained = description.get("env")  # none: from a dataset that does not say
@@ -146,6 +156,33 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         if has != expects:
             raise UserError(f"{what} of {config.env!r} are {has}, the checkpoint expects {expects}")
     return env
+
+
+def goals_ahead(env: gym.Env[Any, Any], steps: int) -> gym.Env[Any, Any]:
+    """Return the environment with goals that its usual policy reaches in some steps.
+
+    Raises:
+        UserError: not one step, or an environment whose reset does not say where it began.
+    """
+    if steps < 1:
+        raise UserError(f"--ahead is {steps}: give at least 1")
+    if "configuration" not in env.reset(seed=0)[1]:
+        raise UserError("--ahead: the environment gives no info['configuration'] to start from")
+    options: dict[str, Any] = {"policy": usual_policy(env), "steps": steps, "still": 0.0}
+    return GoalsAhead(env, steps, lambda generator: actions_of(env, generator=generator, **options))
+
+
+def tolerance_of(config: Planning, env: gym.Env[Any, Any]) -> float:
+    """Return the distance that counts as success: the one asked for, or the environment's own.
+
+    Raises:
+        UserError: a negative one, or no number.
+    """
+    if config.tolerance is not None:
+        require_at_least(config, tolerance=0)
+        return config.tolerance
+    simulator = env.unwrapped
+    return simulator.tolerance if isinstance(simulator, SimulatorEnv) else 0.0
 
 
 def stride_of(description: dict[str, Any]) -> int:
@@ -165,13 +202,13 @@ def model_steps(config: Planning, description: dict[str, Any]) -> int:
     return config.budget // stride
 
 
-def _make_env(name: str, frame: tuple[int, int, int]) -> gym.Env[Any, Any]:
+def _make_env(name: str, frame: tuple[int, int, int], **options: Any) -> gym.Env[Any, Any]:
     """Make an environment; where it has an option `size`, with frames of this shape."""
-    env = envs.make(name)
+    env = envs.make(name, **options)
     if env.observation_space.shape == frame or frame[0] != frame[1]:
         return env
     try:
-        resized = envs.make(name, size=frame[0])
+        resized = envs.make(name, size=frame[0], **options)
     except envs.EnvError:
         return env
     env.close()

@@ -1,0 +1,252 @@
+"""Arm: a seven-joint arm, seen from two sides, brings its tip to where the goal picture shows it.
+
+The kinematics are the Franka Panda's (`panda.py`, `arm.xml`). Metres from the base, x forward, y
+left, z up. Of one view alone the depth would be a guess, so a frame holds two, one behind the other
+in the channels: from the front (y to the right, z up) and from the right (x to the right, z up).
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's names come from a compiled module without stubs)
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from jepa_world.envs import panda
+from jepa_world.envs.tasks import Factor, Scene, color, known_options, light, scaled, shifted
+
+import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
+
+STEP, SUBSTEPS = 0.1, 10  # seconds of a step of the environment, and what it is made of
+VIEWS = ("front", "side")
+TIP_SPEED = 0.4  # m/s of an action of 1 along an axis: 4 cm a step
+JOINT_SPEED = 1.5  # rad/s of an action of 1 in the joint variant
+BOX = np.array([[0.32, -0.30, 0.05], [0.60, 0.30, 0.45]])  # where the tip is led and drawn, metres
+SPREAD = np.array([0.8, 0.4, 0.6, 0.4, 0.6, 0.5, 0.6])  # rad from rest, of joint angles drawn
+PLAIN = ("table", "wall", "base", "hand")  # materials whose colour does not vary over all colours
+CLEAR = 0.05  # metres above the table, of a tip drawn
+FINGER = 0.02  # metres; how far each finger is open where nothing is held
+
+
+class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """A Panda arm over a table; the goal is a picture of the arm with its tip at another place.
+
+    Observation: (size, size, 6) bytes, two views. Action: numbers in [-1, 1], held for 0.1 s. With
+    `control="tip"` three of them ask the tip for up to 0.4 m/s along x, y and z, the hand held
+    down, within a box of 0.28 x 0.60 x 0.40 m; with `control="joint"` seven ask the joints for up
+    to 1.5 rad/s. 0 rests. Reward: minus the distance of the tip to the goal's tip, in metres. An
+    episode never terminates; joint angles and speeds stay within the published limits.
+
+    `info`: "goal" (like an observation), "success" (tip within `tolerance` metres of the goal's
+    tip), "state" (seven joint angles in rad, their rates in rad/s; float64), "proprio" (the tip in
+    metres, the joint angles; float32), "configuration" (the joint angles), "factors" (the values of
+    all).
+
+    `reset(options={"start": ..., "goal": ...})` sets either joint angles (seven, radians) or the
+    place of the tip (three, metres), to which the hand comes held down. What is left out is drawn
+    uniformly: the place of the tip within the box, or joint angles around rest. `factors` of the
+    options, or of the constructor for all episodes, vary the picture ("random", or a value or
+    "random" by name): "light", "table_color", "wall_color", "upper_color", "lower_color",
+    "wrist_color", "tip_color" (red, green, blue), "cameras" (shift of both in metres along x, y and
+    z), "zoom", "width" (scale of the links).
+
+    Example:
+        >>> env = ArmEnv(size=32)
+        >>> observation, info = env.reset(seed=0, options={"goal": (0.5, 0.2, 0.3)})
+        >>> info["goal"].shape, info["success"]
+        ((32, 32, 6), False)
+        >>> observation, reward, terminated, truncated, info = env.step(np.zeros(3, np.float32))
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(
+        self,
+        *,
+        control: str = "tip",
+        size: int = 64,
+        tolerance: float = 0.02,
+        factors: Any = None,
+        render_mode: str | None = None,
+    ):
+        if control not in ("tip", "joint"):
+            raise ValueError(f"control is {control!r}, expected 'tip' or 'joint'")
+        self.render_mode = render_mode
+        self.tolerance = tolerance
+        self._by_tip = control == "tip"
+        dims = 3 if self._by_tip else 7
+        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 6), np.uint8)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (dims,), np.float32)
+        self._scene = arm_scene("arm.xml", size=size, without=("left_finger", "right_finger"))
+        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
+        self._factors = factors
+        self._goal_tip = np.zeros(3)
+        self._goal_picture = self._observation = np.zeros((size, size, 6), np.uint8)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Place the arm at rest at the start, and picture the goal.
+
+        Raises:
+            ValueError: an option that is unknown, of another shape, or out of the arm's reach.
+        """
+        super().reset(seed=seed)
+        options = known_options(options, "start", "goal", "factors")
+        draw = self._draw_place if self._by_tip else self._draw_angles
+        drawn = [draw(), draw()]  # both, so that giving one keeps the other
+        goal = configuration("goal", options.get("goal", drawn[1]))
+        start = configuration("start", options.get("start", drawn[0]))
+        self._scene.vary(options.get("factors", self._factors), self.np_random.spawn(1)[0])
+        self._goal_tip = panda.chain(goal)[0]
+        self._goal_picture = self._scene.place([*goal, FINGER, FINGER])
+        self._observation = self._scene.place([*start, FINGER, FINGER])
+        self._scene.data.act[:] = FINGER
+        return self._observation, self._info()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
+
+        Raises:
+            ValueError: an action of another shape, or one that is not finite.
+        """
+        action = within_bounds(action, self.action_space)
+        self._scene.data.qacc_warmstart[:] = 0.0  # as in imagine_controlled
+        self._observation = self._scene.step(self._control(self._scene.data.qpos, action))
+        return self._observation, -self.goal_distance(), False, False, self._info()
+
+    def goal_distance(self) -> float:
+        """Return the distance of the tip to the goal's tip now, in metres."""
+        tip = panda.chain(self._scene.data.qpos[:7])[0]
+        return float(np.linalg.norm(tip - self._goal_tip))
+
+    def goal_distances(self, actions: np.ndarray) -> np.ndarray:
+        """Return the distance in metres after every action of sequences (s, h, a), as (s, h).
+
+        Starts from the present state, which is left as it was; nothing is rendered.
+        """
+        actions = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
+        angles = self._scene.imagine_controlled(actions, self._control)[..., :7]
+        return np.linalg.norm(panda.chain(angles)[0] - self._goal_tip, axis=-1)
+
+    def render(self) -> np.ndarray | None:
+        """Return the views of the last observation side by side, or None without a render mode."""
+        return side_by_side(self._observation) if self.render_mode == "rgb_array" else None
+
+    def close(self) -> None:
+        """Free the OpenGL contexts."""
+        self._scene.close()
+
+    def _control(self, positions: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """Return what actions (..., a) ask at positions (..., nq): arm and fingers (..., 9)."""
+        angles = positions[..., :7]
+        arm = lead_tip(angles, action, BOX) if self._by_tip else turn_joints(angles, action)
+        return np.concatenate([arm, np.zeros((*arm.shape[:-1], 2))], -1)
+
+    def _draw_place(self) -> np.ndarray:
+        return self.np_random.uniform(*BOX)
+
+    def _draw_angles(self) -> np.ndarray:
+        while True:
+            angles = panda.REST + self.np_random.uniform(-SPREAD, SPREAD)
+            if panda.chain(angles)[0][2] > CLEAR:
+                return angles
+
+    def _info(self) -> dict[str, Any]:
+        angles = self._scene.data.qpos[:7]
+        return {
+            "goal": self._goal_picture.copy(),
+            "success": self.goal_distance() <= self.tolerance,
+            "state": np.concatenate([angles, self._scene.data.qvel[:7]]),
+            "proprio": np.concatenate([panda.chain(angles)[0], angles]).astype(np.float32),
+            "configuration": angles.copy(),
+            "factors": self._scene.values,
+        }
+
+
+def arm_scene(xml: str, *, size: int, without: tuple[str, ...]) -> Scene:
+    """Return the scene of arm.xml, or of a file that includes it, without the geoms named."""
+    model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name(xml)))
+    for name in without:
+        model.geom(name).matid = -1
+        model.geom(name).rgba = 0.0
+    return Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model), camera=VIEWS)
+
+
+def _factors(model: mujoco.MjModel) -> dict[str, Factor]:
+    links = np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE)
+    shown = [model.mat(index).name for index in sorted(set(model.geom_matid) - {-1})]
+    colors = {f"{name}_color": color(model, name) for name in shown if name not in PLAIN}
+    return {
+        "light": light(model),
+        **{f"{name}_color": color(model, name, 0.6, 1.0) for name in ("table", "wall")},
+        **colors,
+        "cameras": shifted(model.cam_pos, 0.03),
+        "zoom": scaled(0.95, 1.1, model.cam_fovy),
+        "width": scaled(0.75, 1.25, *(model.geom_size[link, :1] for link in links)),
+    }
+
+
+def lead_tip(angles: np.ndarray, action: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Return joint velocities (..., 7) for an action of the tip (..., 3), which stays in a box."""
+    tip = panda.chain(angles)[0]
+    there = np.clip(tip + STEP * TIP_SPEED * action, *box)
+    return _within_limits(angles, panda.follow(angles, (there - tip) / STEP))
+
+
+def turn_joints(angles: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """Return joint velocities (..., 7) for an action of the joints (..., 7).
+
+    All are zero where they would bring the hand down onto the table.
+    """
+    speeds = _within_limits(angles, JOINT_SPEED * action)
+    tip, rotation, _ = panda.chain(angles + STEP * speeds)
+    lowest = np.minimum(tip[..., 2] - 0.03, tip[..., 2] - panda.TIP * rotation[..., 2, 2] - 0.08)
+    height = panda.chain(angles)[0][..., 2]
+    return np.where((lowest > 0.0)[..., None] | (tip[..., 2] > height)[..., None], speeds, 0.0)
+
+
+def _within_limits(angles: np.ndarray, speeds: np.ndarray) -> np.ndarray:
+    low, high = panda.LOW + panda.MARGIN, panda.HIGH - panda.MARGIN
+    return np.clip(speeds, (low - angles) / STEP, (high - angles) / STEP)
+
+
+def within_bounds(action: np.ndarray, space: gymnasium.spaces.Box) -> np.ndarray:
+    """Return an action within its bounds.
+
+    Raises:
+        ValueError: an action of another shape, or one that is not finite.
+    """
+    action = np.asarray(action)
+    if action.shape != space.shape or not np.isfinite(action).all():
+        raise ValueError(
+            f"action is {action!r}, expected {space.shape[0]} finite numbers in [-1, 1]"
+        )
+    return np.clip(action.astype(np.float64), -1.0, 1.0)
+
+
+def configuration(name: str, value: Any) -> np.ndarray:
+    """Return the joint angles (7,) that a reset option names: themselves, or the tip's place.
+
+    Raises:
+        ValueError: neither, out of the limits, or out of reach.
+    """
+    value = np.asarray(value, np.float64)
+    if value.shape == (3,) and np.isfinite(value).all():
+        try:
+            return panda.posture(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if value.shape == (7,) and ((value >= panda.LOW) & (value <= panda.HIGH)).all():
+        return value
+    raise ValueError(
+        f"{name} is {value!r}, expected seven joint angles in radians within the limits of "
+        "panda.py, or the place of the tip: three numbers, in metres from the base"
+    )
+
+
+def side_by_side(frame: np.ndarray) -> np.ndarray:
+    """Return the views of a frame (hh, ww, 6) as one picture (hh, 2 ww, 3)."""
+    return np.concatenate([frame[..., :3], frame[..., 3:]], 1)

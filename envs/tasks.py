@@ -1,0 +1,290 @@
+"""What every task is made of: a scene that moves, is seen and varies.
+
+A task is one `.py` beside one `.xml`; it holds a `Scene` and says what an action, a start and a
+goal are. A factor of variation is a number (or several) of the model, of a stated range, that a
+reset draws or is given; what a task is asked to do never depends on it.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's names come from a compiled module without stubs)
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jepa_world.envs.rendering import SmoothRenderer, choose_gl
+
+choose_gl()  # before mujoco, which reads the choice when it is imported
+
+import mujoco  # noqa: E402
+from mujoco import rollout  # noqa: E402
+
+STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
+RANDOM = "random"  # in place of a factor's value, or of all
+
+
+class Scene:
+    """A model of MuJoCo with its state, its pictures, its rollouts and its factors of variation.
+
+    Args:
+        model: The compiled model, with one actuator for every number of an action.
+        size: Height and width of a picture.
+        substeps: Time steps of the model that a step of the environment is.
+        factors: What may vary, by name; what is not asked for keeps the model's own value.
+        camera: Name of the camera, or of several, whose pictures lie one behind the other in the
+            channels.
+
+    Example:
+        >>> xml = "<mujoco><worldbody><camera/><geom name='g' size='0.1'/></worldbody></mujoco>"
+        >>> model = mujoco.MjModel.from_xml_string(xml)
+        >>> scene = Scene(model, size=8, substeps=1, factors={"light": light(model)}, camera=0)
+        >>> scene.vary({"light": (0.7, 0.7, 0.7)}, np.random.default_rng(0))
+        >>> scene.place(()).shape, scene.values["light"]
+        ((8, 8, 3), array([0.7, 0.7, 0.7]))
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        *,
+        size: int,
+        substeps: int,
+        factors: Mapping[str, "Factor"],
+        camera: str | int | tuple[str, ...] = "above",
+    ) -> None:
+        self.model, self.data = model, mujoco.MjData(model)
+        self.substeps = substeps
+        self.factors = factors
+        self._values = {name: factor.default for name, factor in factors.items()}
+        cameras = camera if isinstance(camera, tuple) else (camera,)
+        self._renderers = [SmoothRenderer(model, size=size, camera=one) for one in cameras]
+        self._imagined = mujoco.MjData(model)
+        self._rollout = rollout.Rollout(nthread=0)
+
+    def vary(self, asked: Any, generator: np.random.Generator) -> None:
+        """Give the factors their values for an episode.
+
+        Args:
+            asked: A value, or "random", by the factor's name; "random" alone draws them all,
+                uniformly; what is not named returns to the model's own value, None all of them.
+            generator: Draws; what it gives a factor does not depend on which others are drawn.
+
+        Raises:
+            ValueError: an unknown factor, a value of another shape or beyond its range.
+        """
+        if asked is None:
+            asked = {}
+        elif isinstance(asked, str) and asked == RANDOM:
+            asked = dict.fromkeys(self.factors, RANDOM)
+        if not isinstance(asked, Mapping):
+            raise ValueError(f"factors is {asked!r}, expected {RANDOM!r} or a value by name")
+        if unknown := set(asked) - set(self.factors):
+            raise ValueError(f"unknown factors {sorted(unknown)}; known: {', '.join(self.factors)}")
+        for name, factor in self.factors.items():
+            drawn = generator.uniform(factor.low, factor.high, factor.default.shape)
+            value = asked.get(name, factor.default)
+            at_random = isinstance(value, str) and value == RANDOM
+            self._values[name] = factor.set(name, drawn if at_random else value)
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        """Return the present value of every factor."""
+        return {name: value.copy() for name, value in self._values.items()}
+
+    def place(self, positions: Any) -> np.ndarray:
+        """Set the positions (nq), everything at rest, and return the picture."""
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:] = positions
+        mujoco.mj_forward(self.model, self.data)
+        return self.picture()
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Hold an action for a step of the environment and return the picture.
+
+        Raises:
+            ValueError: an action of another shape, or one that is not finite.
+        """
+        action = np.asarray(action)
+        count = self.model.nu
+        if action.shape != (count,) or not np.isfinite(action).all():
+            raise ValueError(f"action is {action!r}, expected {count} finite numbers in [-1, 1]")
+        self.data.ctrl[:] = action
+        mujoco.mj_step(self.model, self.data, self.substeps)
+        mujoco.mj_kinematics(self.model, self.data)  # mj_step leaves the poses a substep behind
+        return self.picture()
+
+    def picture(self) -> np.ndarray:
+        """Render the present state, (size, size, 3) for every camera."""
+        return np.concatenate([render(self.data) for render in self._renderers], axis=-1)
+
+    def imagine(self, actions: np.ndarray) -> np.ndarray:
+        """Return the positions (s, h, nq) after every action of sequences (s, h, a).
+
+        Starts from the present state, which is left as it was; nothing is rendered.
+        """
+        warm = np.tile(self.data.qacc_warmstart, (len(actions), 1))
+        return self._roll_out(self._present(len(actions)), actions, warm)[..., self._positions]
+
+    def imagine_controlled(
+        self, actions: np.ndarray, control: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Return the same where a controller stands between actions and actuators.
+
+        `control` maps positions (s, nq) and an action at each (s, a) to what the actuators get
+        (s, nu). The solver begins every step anew: so must the environment's.
+        """
+        states = self._present(len(actions))
+        cold = np.zeros((len(actions), self.model.nv))
+        positions = np.empty((*actions.shape[:2], self.model.nq))
+        for step in range(actions.shape[1]):
+            given = control(states[:, self._positions], actions[:, step])
+            states = self._roll_out(states, given[:, None], cold)[:, 0]
+            positions[:, step] = states[:, self._positions]
+        return positions
+
+    def close(self) -> None:
+        """Free the OpenGL contexts."""
+        for renderer in self._renderers:
+            renderer.close()
+
+    @property
+    def _positions(self) -> slice:
+        return slice(1, 1 + self.model.nq)  # of a state, which begins with the time
+
+    def _present(self, samples: int) -> np.ndarray:
+        state = np.empty(mujoco.mj_stateSize(self.model, STATE))
+        mujoco.mj_getState(self.model, self.data, state, STATE)
+        return np.tile(state, (samples, 1))
+
+    def _roll_out(self, states: np.ndarray, given: np.ndarray, warm: np.ndarray) -> np.ndarray:
+        samples, horizon, _ = given.shape
+        after = np.empty((samples, horizon * self.substeps, states.shape[1]))
+        self._rollout.rollout(
+            [self.model] * samples,
+            [self._imagined],
+            states,
+            np.repeat(np.asarray(given, np.float64), self.substeps, axis=1),
+            skip_checks=True,
+            nstep=horizon * self.substeps,
+            initial_warmstart=warm,
+            state=after,
+        )
+        return after[:, self.substeps - 1 :: self.substeps]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Numbers of a model that may vary: the model's own value, the range, and how to set them."""
+
+    default: np.ndarray
+    low: float
+    high: float
+    write: Callable[[np.ndarray], None]
+
+    def set(self, name: str, value: Any) -> np.ndarray:
+        """Set the numbers in the model and return them.
+
+        Raises:
+            ValueError: another shape, or beyond the range (the model's own value always fits).
+        """
+        try:
+            value = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            value = np.asarray(value)
+        within = (
+            value.dtype == np.float64
+            and value.shape == self.default.shape
+            and (
+                np.array_equal(value, self.default)
+                or bool(((self.low <= value) & (value <= self.high)).all())
+            )
+        )
+        if not within:
+            count = self.default.size
+            raise ValueError(
+                f"factor {name} is {value.tolist()!r}, expected {count} "
+                f"number{'s' * (count > 1)} within {self.low} to {self.high}"
+            )
+        self.write(value)
+        return value
+
+
+def placed(view: np.ndarray, low: float, high: float) -> Factor:
+    """Return the factor that is these numbers of a model themselves, given as a view of them."""
+
+    def write(value: np.ndarray) -> None:
+        view[...] = value
+
+    return Factor(np.array(view, np.float64), low, high, write)
+
+
+def shifted(view: np.ndarray, reach: float) -> Factor:
+    """Return the factor that is added to these numbers of a model: 0, within -reach to reach."""
+    own = np.array(view)
+
+    def write(value: np.ndarray) -> None:
+        view[...] = own + value
+
+    return Factor(np.zeros(own.shape), -reach, reach, write)
+
+
+def scaled(low: float, high: float, *views: np.ndarray) -> Factor:
+    """Return the factor, one number, that all these numbers of a model are multiplied by: 1."""
+    own = [np.array(view) for view in views]
+
+    def write(value: np.ndarray) -> None:
+        for view, numbers in zip(views, own, strict=True):
+            view[...] = numbers * value
+
+    return Factor(np.ones(()), low, high, write)
+
+
+def light(model: mujoco.MjModel) -> Factor:
+    """Return the colour of the light that is everywhere: red, green, blue of 0.5 to 1."""
+    return placed(model.vis.headlight.ambient, 0.5, 1.0)
+
+
+def color(model: mujoco.MjModel, material: str, low: float = 0.0, high: float = 1.0) -> Factor:
+    """Return the colour of a material: red, green, blue."""
+    return placed(model.material(material).rgba[:3], low, high)
+
+
+def camera(model: mujoco.MjModel, reach: float, name: str = "above") -> Factor:
+    """Return the shift of a camera along the world's x and y, in metres."""
+    return shifted(model.camera(name).pos[:2], reach)
+
+
+def zoom(model: mujoco.MjModel, low: float = 0.9, high: float = 1.1, name: str = "above") -> Factor:
+    """Return the scale of what a camera sees: above 1 it sees more, and all looks smaller."""
+    index = model.camera(name).id
+    return scaled(low, high, model.cam_fovy[index : index + 1])
+
+
+def extent(model: mujoco.MjModel, low: float, high: float, body: str) -> Factor:
+    """Return the scale of a body's shapes about its origin; its mass stays, its inertia follows."""
+    own = model.body(body).id
+    first = model.body_geomadr[own]
+    geoms = slice(first, first + model.body_geomnum[own])
+    lengths = (model.geom_size[geoms], model.geom_pos[geoms], model.geom_aabb[geoms])
+    sizes = scaled(low, high, *lengths, model.geom_rbound[geoms])
+    inertia = scaled(low**2, high**2, model.body_inertia[own])
+
+    def write(value: np.ndarray) -> None:
+        sizes.write(value)
+        inertia.write(value**2)
+
+    return Factor(sizes.default, low, high, write)
+
+
+def known_options(options: Mapping[str, Any] | None, *known: str) -> Mapping[str, Any]:
+    """Return the options of a reset.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    if unknown := set(options or {}) - set(known):
+        names = ", ".join(known)
+        raise ValueError(f"unknown reset options {sorted(unknown)!r}; known: {names}")
+    return options or {}
