@@ -387,7 +387,7 @@ def grow_leworldmodel() -> dict[str, dict[int, float]]:
     agent, _, _ = leworldmodel_agent(1)
     z, goal = agent.z, agent.goal
 
-    def rate(samples: int = 100, horizon: int = HORIZON, episodes: int = 1) -> Callable[[], object]:
+    def rate(samples: int = 75, horizon: int = HORIZON, episodes: int = 1) -> Callable[[], object]:
         seen, wanted = z.expand(episodes, -1, -1, -1), goal.expand(episodes, -1, -1)
         none = z.new_zeros(episodes, 0, ACTION)
         cost = GoalCost(agent.model, seen, none, wanted, terminal)
@@ -395,9 +395,9 @@ def grow_leworldmodel() -> dict[str, dict[int, float]]:
         return lambda: cost(plans)
 
     return {
-        "samples": take_turns({s: rate(samples=s) for s in (75, 150, 300, 600)}, 3),
-        "horizon": take_turns({h: rate(horizon=h) for h in (5, 10, 20)}, 3),
-        "episodes": take_turns({b: rate(episodes=b) for b in (1, 2, 4, 8)}, 3),
+        "samples": take_turns({s: rate(samples=s) for s in (75, 150, 300)}, 2),
+        "horizon": take_turns({h: rate(horizon=h) for h in (5, 10, 20)}, 2),
+        "episodes": take_turns({b: rate(episodes=b) for b in (1, 2, 4, 8)}, 2),
     }
 
 
@@ -439,7 +439,7 @@ def table_growth(rounds: int, threads: int) -> None:
     print("| | grows | CPU-ms | exponent | an episode, to one alone |")
     print("|---|---|---|---|---|")
     for model, grow in (
-        ("LeWorldModel's network, 100 plans rated", grow_leworldmodel),
+        ("LeWorldModel's network, 75 plans rated", grow_leworldmodel),
         ("reach, one plan", grow_reach),
     ):
         for what, seconds in in_process(grow, threads).items():
