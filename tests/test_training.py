@@ -174,7 +174,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     ("tracker", "message"),
     [
         ("tensorbord", "unknown tracker 'tensorbord'; nearest: tensorboard; known: "),
-        ("dvclive", "--log-with dvclive: not installed; pip install dvclive"),
+        ("dvclive", "--loop.log-with dvclive: not installed; pip install dvclive"),
     ],
 )
 def test_a_tracker_that_cannot_be_used_is_refused(tmp_path, tracker, message):
