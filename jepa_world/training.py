@@ -132,7 +132,7 @@ def train(
         UserError: the batch does not divide, the loss or the gradient is not finite in more steps
             in a row than may be skipped, the checkpoint does not fit or cannot be written, or a
             batch cannot be read.
-        Stopped: SIGTERM came; the step was finished, and a checkpoint of it is there.
+        Stopped: SIGTERM came; the step was finished, and a checkpoint written.
     """
     share = own_share(config.batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
@@ -154,13 +154,14 @@ def train(
                 raise _diverged(taken.wrong, state, run_dir)
 
             done, last = step + 1, step + 1 == config.steps
-            due = done % config.checkpoint_every == 0 or last
+            good = state.in_a_row == 0
+            due = (good and done % config.checkpoint_every == 0) or last
             if done % config.log_every == 0 or last:
                 log.add({**taken.terms, "skipped": torch.tensor(state.skipped)}, taken.latent)
             if due:
-                log.measure(_in_evaluation_mode(method, evaluate))
+                log.measure(_in_evaluation_mode(method, evaluate, done))
             log.write(done, learning_rate(step, config.steps, config.lr))
-            if (due or taken.stop) and accelerator.is_main_process:
+            if (due or (good and taken.stop)) and accelerator.is_main_process:
                 checkpoints.save(state, log.last if due else None)
             if taken.stop:
                 break
@@ -170,8 +171,8 @@ def train(
     accelerator.end_training()
     if state.step < config.steps:
         raise Stopped(
-            f"asked to end: stopped after step {state.step} of {config.steps}, a checkpoint is in "
-            f"{str(run_dir / 'checkpoint')!r}; --resume continues"
+            f"asked to end, stopped after step {state.step} of {config.steps}; "
+            f"--resume --run-dir {run_dir} goes on from there"
         )
     return log.last
 
@@ -485,12 +486,20 @@ def _diverged(wrong: str, state: _State, run_dir: Path) -> UserError:
     return UserError(f"at step {state.step - 1} {wrong}{times}: lower --lr; {where}")
 
 
-def _in_evaluation_mode(method: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:
+def _in_evaluation_mode(
+    method: nn.Module, evaluate: Evaluate | None, step: int
+) -> dict[str, float]:
     if evaluate is None:
         return {}
     method.eval()
-    with torch.no_grad():
-        measured = evaluate()
+    try:
+        with torch.no_grad():
+            measured = evaluate()
+    except torch.linalg.LinAlgError as error:
+        raise UserError(
+            f"the features after step {step} cannot be measured, they have diverged: lower --lr "
+            f"({error})"
+        ) from error
     method.train()
     return measured
 
@@ -570,7 +579,7 @@ class _Checkpoints:
             if int(folder.name.removeprefix("step-")) <= step
         ]
         with writing(self.others):
-            for folder in kept[: len(kept) - self.loop.keep]:
+            for folder in kept[: max(0, len(kept) - self.loop.keep)]:
                 shutil.rmtree(folder)
 
     def load(self) -> _State:

@@ -497,7 +497,13 @@ def write_store(
     todo = {path: indices for path, indices in own.items() if not path.exists()}
     wanted = [index for indices in todo.values() for index in indices]
     episodes, count = make(wanted), sum(map(len, own.values()))
-    with tqdm(desc=doing, total=count, initial=count - len(wanted), unit="episode") as progress:
+    with tqdm(
+        desc=doing,
+        total=count,
+        initial=count - len(wanted),
+        unit="episode",
+        disable=number > 0,
+    ) as progress:
         for path, indices in todo.items():
             write_shard(path, _counted(islice(episodes, len(indices)), progress), jpeg=jpeg)
     if number > 0:
