@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from jepa_world.data.motion import letters, write_motion_clips
+from conftest import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = """
@@ -161,14 +160,6 @@ gc.collect()
 gc.freeze()
 print({"changes": at_every_change, "random": at_random}[how.pop("kind")](folder, **how))
 """
-FEW = (
-    *("--log-every", 1, "--checkpoint-every", 2, "--precision", "no", "--loop.keep", 2),
-    *("--steps", 12, "--batch-size", 8),
-)
-TOKENS = (
-    *("--encoder.dim", 16, "--encoder.depth", 1, "--encoder.patch", 8),
-    *("--masked-predictor.width", 16, "--masked-predictor.depth", 1),
-)
 
 
 def kill(folder, kind, **how):
@@ -187,42 +178,6 @@ def test_killed_before_any_change_of_a_file_and_resumed_it_equals_one_straight_t
 ):
     """Weights, optimiser, metrics, kept checkpoints; the slow case before each, some 180 kills."""
     assert kill(tmp_path, "changes", every=every) > 100 // every
-
-
-@pytest.fixture
-def words(request, tmp_path, tiny_data, tiny_words):
-    """The command line of a tiny training of every kind, with data of its own."""
-    if request.param[0] == "train_world_model":
-        return [*request.param, *tiny_words, "--data", tiny_data, *FEW]
-    if request.param[0] == "train_vjepa":
-        videos = write_motion_clips(tmp_path / "videos", letters(40, seed=0), seed=0)
-        cut = ("--clips.size", 16, "--clips.frames", 4, "--clips.fps", 4)
-        return [*request.param, *TOKENS, *cut, "--data", videos, *FEW]
-    pictures = write_pictures(tmp_path / "pictures")
-    own = TOKENS if request.param[0] == "train_ijepa" else ("--encoder.width", 4)
-    return [*request.param, *own, "--data", pictures, "--image-size", 16, *FEW]
-
-
-def write_pictures(folder):
-    from PIL import Image
-
-    from jepa_world.data.images import make_shapes
-
-    for number, pixels in enumerate(make_shapes(60, seed=0).pixels):
-        file = folder / f"{number % 2}" / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(file)
-    return folder
-
-
-COMMANDS = [
-    ("train_lejepa",),
-    ("train_ijepa", "--teacher", "none"),
-    ("train_ijepa", "--teacher", "ema"),
-    ("train_vjepa", "--teacher", "none"),
-    ("train_vjepa", "--teacher", "ema"),
-    ("train_world_model",),
-]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -49,11 +50,16 @@ class Line(nn.Module):
 def fit(folder, method, *, steps=20, resume=False, read=None, evaluate=None, **changes):
     """Train a `Line` on twelve numbers and return its parameters."""
     numbers = torch.linspace(-1, 1, 12)[:, None]
-    how = {"batch_size": 4, "lr": 0.1, "log_every": 2, "checkpoint_every": 5} | changes
+    how = {"batch_size": 4, "lr": 0.1, "log_every": 2, "checkpoint_every": 5}
+    how |= {"loop": Loop()} | changes
     return train(
         *(method, read or (lambda index, step: {"x": numbers[index]}), 12),
         Training(steps=steps, resume=resume, **how),
-        accelerator=make_accelerator("no", "none", folder),
+        accelerator=make_accelerator(
+            *("no", "none", folder),
+            accumulate=how["loop"].accumulate,
+            compile=how["loop"].compile,
+        ),
         run_dir=folder,
         evaluate=evaluate,
     )
@@ -258,6 +264,45 @@ def test_sigterm_ends_it_after_the_step_with_a_checkpoint(tmp_path):
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "resumed")
 
 
+@pytest.mark.parametrize("how", ["full", "blocked"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(tmp_path, how):
+    """A limit on the size of files stands for a full disk, a folder in its place for no access."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def evaluate():
+        if (folder / "training.safetensors").exists() and how == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        elif (folder / "training.safetensors").exists():
+            (folder / "model.safetensors.unfinished").mkdir()
+        return {}
+
+    folder, method = tmp_path / "checkpoint", Line()
+    method.register_buffer("large", torch.zeros(100_000))
+    try:
+        with pytest.raises(UserError, match=r"cannot write '.*model.safetensors': .* is whole"):
+            fit(tmp_path, method, evaluate=evaluate)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for name in ("model", "training"):
+        tensors, facts = load_tensors(folder / f"{name}.safetensors")
+        assert facts["step"] == 5 and all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.slow
+def test_compiled_it_trains_as_it_does_plain(tmp_path):
+    for name, options in (("plain", Loop()), ("compiled", Loop(compile=True))):
+        torch.manual_seed(0)
+        method = Line()
+        method.dropout.p = 0.0
+        fit(tmp_path / name, method, loop=options)
+    one, two = (
+        load_tensors(tmp_path / n / "checkpoint/model.safetensors")[0]
+        for n in ("plain", "compiled")
+    )
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_longer_gradient_is_shortened_to_the_clip(tmp_path):
     """By a momentum of the first step: AdamW's `exp_avg` is a tenth of the gradient."""
     fit(tmp_path, Line(), steps=1, loop=Loop(clip=1e-3))
@@ -374,7 +419,8 @@ folder = Path(sys.argv[1])
 train(
     method, lambda i, step: {"pixels": torch.from_numpy(pixels[i]), "action": action[i]}, 40,
     Training(steps=5, batch_size=8, lr=1e-2, weight_decay=1e-3, log_every=1, checkpoint_every=5),
-    accelerator=make_accelerator("no", "none", folder), run_dir=folder,
+    accelerator=make_accelerator("no", "none", folder, accumulate=int(sys.argv[2])),
+    run_dir=folder,
 )
 threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 assert not any("gloo" in name for name in threads), "one may meet the interpreter in its end"
@@ -392,12 +438,16 @@ def torchrun(*words, **options):
     )
 
 
-def test_two_processes_equal_one(tmp_path):
-    """In float64, where rounding cannot hide a wrong average: parameters agree to 1e-9."""
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(tmp_path, parts):
+    """In float64, where rounding cannot hide a wrong average: parameters agree to 1e-9.
+
+    In the slow case each process adds up the gradients of two parts of its share.
+    """
     (tmp_path / "processes.py").write_text(PROCESSES)
-    done = torchrun(tmp_path / "processes.py", tmp_path / "two")
+    done = torchrun(tmp_path / "processes.py", tmp_path / "two", parts)
     assert done.returncode == 0, done.stderr
-    line = [sys.executable, tmp_path / "processes.py", tmp_path / "one"]
+    line = [sys.executable, tmp_path / "processes.py", tmp_path / "one", str(parts)]
     subprocess.run(line, check=True, capture_output=True)
     one, two = (load_tensors(tmp_path / n / "checkpoint/model.safetensors")[0] for n in NUMBERS)
     for key, value in one.items():
@@ -432,7 +482,7 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, tiny
 
 
 def test_parts_of_a_batch_accumulate_to_the_step_of_the_whole(tmp_path, monkeypatch):
-    """By the variable that Accelerate reads: gradients are averaged."""
+    """By a flag, or the variable that Accelerate reads: gradients are averaged."""
 
     def weight(folder, **changes):
         torch.manual_seed(0)
@@ -442,6 +492,7 @@ def test_parts_of_a_batch_accumulate_to_the_step_of_the_whole(tmp_path, monkeypa
         return method.fit.weight.item()
 
     whole = weight(tmp_path / "whole")
+    assert weight(tmp_path / "flag", loop=Loop(accumulate=2)) == pytest.approx(whole, rel=1e-5)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     assert weight(tmp_path / "parts") == pytest.approx(whole, rel=1e-5)
     with pytest.raises(UserError, match="2 steps of accumulation"):
