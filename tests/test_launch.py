@@ -19,7 +19,6 @@ from jepa_world.data.trajectories import Trajectories
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "accelerate"
-NAMES = ("cpu_1", "cpu_2", "gpu_8", "nodes_2")
 
 
 def launch(name, *words, **options):
@@ -45,7 +44,10 @@ def execute(line, **options):
     )
 
 
-@pytest.mark.parametrize(("name", "processes", "machines"), zip(NAMES, (1, 2, 8, 16), (1, 1, 1, 2)))
+@pytest.mark.parametrize(
+    ("name", "processes", "machines"),
+    [("cpu_1", 1, 1), ("cpu_2", 2, 1), ("gpu_8", 8, 1), ("nodes_2", 16, 2)],
+)
 def test_a_launch_file_is_read_whole_by_accelerate(name, processes, machines):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (config.num_processes, config.num_machines) == (processes, machines)
@@ -100,7 +102,7 @@ def test_launched_processes_collect_the_dataset_of_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate", "plan"])
 def test_launched_processes_plan_what_one_does(command, tiny_run, tmp_path):
-    """Episodes are dealt out; all numbers but times are those of one process, and so is the film."""
+    """Episodes are dealt out; all numbers but times are those of one process, the film as well."""
     words = ("--checkpoint", tiny_run, "--episodes", 5, "--budget", 3, "--horizon", 3)
     words += ("--planner.samples", 8, "--run-dir")
     line = [sys.executable, ROOT / f"{command}.py", *words, tmp_path / "one"]
