@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from jepa_world import envs
-from jepa_world.commands.plan import Planning, goals_ahead, make_planner
+from jepa_world.commands.plan import Planning, goals_ahead, make_planners
 from jepa_world.evaluation import (
     Policy,
     RandomPolicy,
@@ -105,10 +105,11 @@ def successes(env: gym.Env[Any, Any], count: int, planned: int) -> list[str]:
         low, high = 100 * found.low, 100 * found.high
         return f"{100 * found.rate:.0f} % ({low:.0f} to {high:.0f}, n {found.n})"
 
+    build, start = make_planners(Planning(), env)
     return [
         rate(RandomPolicy(env.action_space, 0)),
         rate(ExpertPolicy(inner)) if isinstance(inner, ExpertEnv) else "",
-        rate(SimulatorPolicy(inner, *make_planner(Planning(), env)), planned) if planned else "",
+        rate(SimulatorPolicy(inner, build(0), start), planned) if planned else "",
     ]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jepa_world import Agent, load_world_model
-from jepa_world.commands.plan import Planning, make_planner, open_env, shipped, tolerance_of
+from jepa_world.commands.plan import Planning, make_planners, open_env, shipped, tolerance_of
 from jepa_world.config import Part
 from jepa_world.evaluation import (
     Episode,
@@ -110,7 +110,8 @@ def reach(count: int, seed: int) -> None:
     for name, budgets in BUDGETS.items():
         for options in budgets:
             config = Planning(planner=Part(name, options), seed=seed)
-            row(env, name, options, ModelPolicy(Agent(model, *make_planner(config, env))), seeds)
+            build, start = make_planners(config, env)
+            row(env, name, options, ModelPolicy(Agent(model, build(0), start)), seeds)
 
 
 def row(

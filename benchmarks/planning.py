@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_world import Agent, SIGReg, WorldModel, load_world_model
 from jepa_world.agent import GoalCost
-from jepa_world.commands.plan import Planning, make_planner, open_env, shipped, tolerance_of
+from jepa_world.commands.plan import Planning, make_planners, open_env, shipped, tolerance_of
 from jepa_world.config import Part
 from jepa_world.encoders.leworldmodel import LeWorldModelEncoder
 from jepa_world.evaluation import ModelPolicy, run_episode, success_end, unsolved_seeds
@@ -357,7 +357,8 @@ def success(count: int, variant: Variant, **options: int) -> Line:
     model, description = load_world_model(shipped("reach"))
     config = Planning(planner=Part("cem", options))
     env = open_env(config, description)
-    agent = Agent(model, *make_planner(config, env))
+    build, start = make_planners(config, env)
+    agent = Agent(model, build(0), start)
     seeds = unsolved_seeds(env, count, 0, tolerance_of(config, env))
     with in_variant(agent, variant):
         rows = [run_episode(env, ModelPolicy(agent), seed, config.budget) for seed in seeds]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from jepa_world import Agent, load_world_model
-from jepa_world.commands.plan import Planning, make_planner, open_env, shipped, tolerance_of
+from jepa_world.commands.plan import Planning, make_planners, open_env, shipped, tolerance_of
 from jepa_world.commands.train_world_model import (
     TrainWorldModel,
     build_method,
@@ -137,7 +137,8 @@ def row(name: str, folder: Path, count: int) -> None:
     config = Planning()
     env = open_env(config, description)
     seeds = unsolved_seeds(env, count, config.seed, tolerance_of(config, env))
-    policy = ModelPolicy(Agent(model, *make_planner(config, env)))
+    build, start = make_planners(config, env)
+    policy = ModelPolicy(Agent(model, build(0), start))
     episodes = [run_episode(env, policy, seed, config.budget) for seed in seeds]
     cells = [
         name,

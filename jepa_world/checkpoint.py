@@ -7,7 +7,8 @@ last good one. `training.safetensors` holds all that a resumed run needs, in one
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,33 @@ from jepa_world.registry import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a name beside `path`, flush it to the disk, and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call `write` with a name beside `path`, flush it to the disk, and rename it to `path`.
+
+    Raises:
+        UserError: it cannot be written; what `path` held before is whole.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
-    write(unfinished)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(unfinished)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except (OSError, SafetensorError):
+            unfinished.unlink(missing_ok=True)  # a full disk has room again
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what could not be written: a full disk, a folder that is read-only."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {str(path)!r}: {error}; what was written before is whole"
+        ) from error
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
@@ -37,16 +58,16 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a mapping as indented JSON; a number that is not finite becomes null."""
-    text = json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(values), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return a value without the NaN and infinities that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -114,8 +114,8 @@ def parse(config_class: type[C], arguments: Sequence[str], *, program: str) -> C
     return _without_part_options(config_class, parsed)
 
 
-def require_at_least(config: Any, **least: float) -> None:
-    """Check that numbers of a configuration are not too small.
+def require_at_least(config: Any, group: str = "", /, **least: float) -> None:
+    """Check that numbers of a configuration, or of a group in it, are not too small.
 
     Raises:
         UserError: naming the flag, the number and the least one.
@@ -123,7 +123,7 @@ def require_at_least(config: Any, **least: float) -> None:
     for name, bound in least.items():
         given = cast(float, vars(config)[name])
         if not given >= bound:
-            raise UserError(f"--{name.replace('_', '-')} is {given}: give at least {bound}")
+            raise UserError(f"--{group}{name.replace('_', '-')} is {given}: give at least {bound}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,14 +1,77 @@
-"""Work spread over spawned processes."""
+"""Work spread over processes: spawned here, or those that a launcher started side by side."""
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from jepa_world.registry import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+NUMBER = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def launched() -> tuple[int, int]:
+    """Return this process's number and how many torchrun, accelerate launch or MPI started.
+
+    Raises:
+        UserError: accelerate launch was to start several and started this one alone.
+    """
+    number, count = (
+        next((int(os.environ[name]) for name in names if name in os.environ), default)
+        for names, default in ((NUMBER, 0), (COUNT, 1))
+    )
+    counted = any(name in os.environ for name in COUNT)
+    if not counted and {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
+        raise UserError(
+            "accelerate launch was asked for several processes on a CPU and started one, as it "
+            "does without MPI: use --config_file configs/accelerate/cpu_2.yaml"
+        )
+    return number, count
+
+
+def own_share(items: Sequence[Item], what: str) -> Sequence[Item]:
+    """Return every n-th item, from this process's number on, where n were launched.
+
+    Raises:
+        UserError: fewer items than processes; `what` names the items.
+    """
+    number, count = launched()
+    if len(items) < count:
+        raise UserError(f"{count} processes for {len(items)} {what}: start fewer")
+    return items[number::count]
+
+
+def gather(own: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
+    """Return the results of all processes that were launched, in the order of their items.
+
+    Args:
+        own: By name, what this process made of its `own_share` of some items.
+    """
+    _, count = launched()
+    if count == 1:
+        return {name: list(results) for name, results in own.items()}
+    import torch.distributed as dist
+    import torch.distributed.nn  # noqa: F401  # imported later, it would keep the group alive
+
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest may take long
+    shares: list[Any] = [None] * count
+    dist.all_gather_object(shares, dict(own))
+    dist.destroy_process_group()
+    return {name: _dealt_back([share[name] for share in shares]) for name in own}
+
+
+def _dealt_back(shares: list[list[Result]]) -> list[Result]:
+    results: list[Any] = [None] * sum(map(len, shares))
+    for number, share in enumerate(shares):
+        results[number :: len(shares)] = share
+    return results
 
 
 def map_in_processes(

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -53,10 +53,15 @@ class UserError(Exception):
     """A mistake the user can mend: a command prints its one line and exits with code 2."""
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
+class Stopped(Exception):
+    """A command was asked to end and left its work whole: it says so and exits with code 143."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; nearest: X" for the closest known word, then the list of all."""
+    known = sorted(known)
     near = get_close_matches(word, known, n=1, cutoff=0.5)
-    return (f"; nearest: {near[0]}" if near else "") + f"; known: {', '.join(sorted(known))}"
+    return (f"; nearest: {near[0]}" if near else "") + f"; known: {', '.join(known)}"
 
 
 def class_path(kind: str, name: str) -> str:

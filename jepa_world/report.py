@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,21 @@ class FrameBank:
         return self.frames[int((self.z - z.flatten()).square().sum(1).argmin())]
 
 
+@dataclass(frozen=True)
 class Film:
     """What one episode looked like, and what the agent imagined at every step of it."""
 
     episode: Episode
+    goal: Frame
+    seen: list[Frame]
+    imagined: list[Frame]
 
-    def __init__(self, bank: FrameBank, agent: Agent, goal: Frame) -> None:
-        self.bank, self.agent, self.goal = bank, agent, goal
+
+class Camera:
+    """Watches an agent in one episode."""
+
+    def __init__(self, bank: FrameBank, agent: Agent) -> None:
+        self.bank, self.agent = bank, agent
         self.seen: list[Frame] = []
         self.imagined: list[Frame] = []
 

@@ -39,7 +39,7 @@ class Run:
         if resume and not (self.folder / "config.yaml").is_file():
             raise UserError(f"nothing to resume in {name}: it holds no config.yaml")
         try:
-            if not resume and self.folder.exists() and any(self.folder.iterdir()):
+            if not resume and any(_finished_files(self.folder)):
                 raise UserError(
                     f"{name} is not empty: nothing is overwritten, name another --run-dir"
                 )
@@ -68,3 +68,9 @@ class Run:
             facts["peak_memory_mb"] = peak // (1024 if sys.platform == "linux" else 1024**2)
         write_json(self.folder / "results.json", results | facts)
         print(f"everything this run made is in {self.folder}")
+
+
+def _finished_files(folder: Path) -> list[Path]:
+    """Return what is in a folder, but for what a kill left of a file that was being written."""
+    found = folder.iterdir() if folder.exists() else ()
+    return [path for path in found if path.suffix != ".unfinished"]

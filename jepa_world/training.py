@@ -7,16 +7,20 @@ for bit, and the samples of a step do not depend on the number of processes.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from jaxtyping import Int
@@ -26,21 +30,46 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from jepa_world.checkpoint import (
+    finite,
     load_state,
     load_tensors,
     save_tensors,
     write_atomically,
     write_yaml,
+    writing,
 )
-from jepa_world.config import read_yaml
+from jepa_world.config import read_yaml, require_at_least
 from jepa_world.probes import collapse_report
-from jepa_world.registry import UserError, did_you_mean
+from jepa_world.registry import Stopped, UserError, did_you_mean
 from jepa_world.runs import Run
 
 Read = Callable[[Int[np.ndarray, " b"], int], dict[str, Tensor]]
 """Return the batch of these samples at a step; pickled where processes of their own read."""
 Evaluate = Callable[[], dict[str, float]]
 """Return what is measured on held-out data beside the losses."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How the loop steps, what it keeps, and what it does with numbers that are not finite."""
+
+    accumulate: int = 1
+    """Parts of a batch whose gradients are added up, one after another: less memory. SIGReg and
+    batch norm then see one part at a time."""
+    clip: float = 1.0
+    """Largest norm of the gradient; a longer one is shortened to it."""
+    compile: bool = False
+    """Compile the model: slow to begin, then faster."""
+    skips: int = 10
+    """Steps in a row that are skipped because the loss or the gradient is not finite; one more ends
+    the training."""
+    keep: int = 0
+    """Checkpoints kept in checkpoints/step-*, beside the newest in checkpoint/."""
+    best: tuple[str, Literal["min", "max"]] | None = None
+    """A number of metrics.jsonl, as `open_loop_error min`: checkpoints/best has the weights of the
+    checkpoint where it is the least or the greatest."""
+    log_with: str = "none"
+    """A tracker of Accelerate's: tensorboard, wandb, ..."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +93,8 @@ class Training:
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 500
     """Steps between two checkpoints and measurements on held-out data."""
-    log_with: str = "none"
-    """A tracker of Accelerate's: tensorboard, wandb, ..."""
+    loop: Loop = Loop()
+    """How the loop steps, what it keeps, and what it does with numbers that are not finite."""
     run_dir: Path | None = None
     """Where everything is left; default runs/<command>-<time>."""
     resume: bool = False
@@ -100,43 +129,122 @@ def train(
         The last line of the log.
 
     Raises:
-        UserError: the batch does not divide, the loss is not finite, the checkpoint does not fit,
-            or a batch cannot be read.
+        UserError: the batch does not divide, the loss or the gradient is not finite in more steps
+            in a row than may be skipped, the checkpoint does not fit or cannot be written, or a
+            batch cannot be read.
+        Stopped: SIGTERM came; the step was finished, and a checkpoint written.
     """
     share = own_share(config.batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
     optimizer = AdamW(_parameter_groups(method, config.weight_decay), lr=config.lr)
-    first = _load_training(run_dir, method, optimizer, accelerator) if config.resume else 0
+    checkpoints = _Checkpoints(run_dir, method, optimizer, accelerator, config.loop)
+    state = checkpoints.load() if config.resume else _State()
     model, prepared = accelerator.prepare(method, optimizer)
-    log = _Log(run_dir, first, accelerator)
-    batches = _batches(_Batches(read, num_samples, config, share), first, workers)
-    for step in _progress(first, config.steps, accelerator):
-        set_seed(_step_seed(config.seed, step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.steps, config.lr)
-        batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
-        try:
-            loss, terms, latent = _backward(model, batch, step, accelerator)
-        except ValueError as error:  # of a loss that refuses features that are not finite
-            raise _diverged(str(error), step, run_dir) from error
-        if not torch.isfinite(loss):
-            raise _diverged(f"the loss is {loss.item()}", step, run_dir)
-        norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), 1.0))
-        prepared.step()
-        prepared.zero_grad()
+    log = _Log(run_dir, state.step, accelerator)
+    batches = _batches(_Batches(read, num_samples, config, share), state.step, workers)
+    with _noticing_termination() as asked:
+        for step in _progress(state.step, config.steps, accelerator):
+            set_seed(_step_seed(config.seed, step))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config.steps, config.lr)
+            batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
+            taken = _step(model, prepared, batch, step, config.loop.clip, asked, accelerator)
+            state = state.after(taken.wrong)
+            if state.in_a_row > config.loop.skips:
+                raise _diverged(taken.wrong, state, run_dir)
 
-        done, last = step + 1, step + 1 == config.steps
-        if done % config.log_every == 0 or last:
-            log.add({"loss": loss, **terms, "gradient_norm": norm}, latent)
-        if done % config.checkpoint_every == 0 or last:
-            log.measure(_in_evaluation_mode(method, evaluate))
-        log.write(done, learning_rate(step, config.steps, config.lr))
-        if (done % config.checkpoint_every == 0 or last) and accelerator.is_main_process:
-            _save_training(run_dir, method, optimizer, accelerator, done)
+            done, last = step + 1, step + 1 == config.steps
+            good = state.in_a_row == 0
+            due = (good and done % config.checkpoint_every == 0) or last
+            if done % config.log_every == 0 or last:
+                log.add({**taken.terms, "skipped": torch.tensor(state.skipped)}, taken.latent)
+            if due:
+                log.measure(_in_evaluation_mode(method, evaluate, done))
+            log.write(done, learning_rate(step, config.steps, config.lr))
+            if (due or (good and taken.stop)) and accelerator.is_main_process:
+                checkpoints.save(state, log.last if due else None)
+            if taken.stop:
+                break
     accelerator.wait_for_everyone()
+    batches.close()
     model, prepared = accelerator.free_memory(model, prepared)  # they hold the process group
     accelerator.end_training()
+    if state.step < config.steps:
+        raise Stopped(
+            f"asked to end, stopped after step {state.step} of {config.steps}; "
+            f"--resume --run-dir {run_dir} goes on from there"
+        )
     return log.last
+
+
+@dataclass(frozen=True)
+class _State:
+    """Steps done, and those among them that were skipped: in all, and without a good one since."""
+
+    step: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def after(self, wrong: str) -> "_State":
+        """Return the state after one more step."""
+        bad = bool(wrong)
+        return _State(self.step + 1, self.skipped + bad, self.in_a_row + 1 if bad else 0)
+
+
+class _Taken(NamedTuple):
+    """What a step was: terms of the loss, latents, what was not finite, whether to end after it."""
+
+    terms: dict[str, Tensor]
+    latent: Tensor | None
+    wrong: str
+    stop: bool
+
+
+def _step(
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    batch: dict[str, Tensor],
+    step: int,
+    clip: float,
+    asked: "_Asked",
+    accelerator: Accelerator,
+) -> _Taken:
+    """Take a step, or leave all as it was where the loss or the gradient is not finite."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    terms: dict[str, Tensor] = {"loss": torch.tensor(math.nan)}
+    latent = None
+    try:
+        loss, parts, latent = _backward(model, batch, step, accelerator)
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), clip))
+        terms = {"loss": loss, **parts, "gradient_norm": norm}
+        wrong = _not_finite(loss, norm)
+    except ValueError as error:  # of a loss that refuses features that are not finite
+        wrong = str(error)
+    bad, stop = _anywhere([bool(wrong), asked.to_end], accelerator)
+    if not bad or (accelerator.scaler is not None and latent is not None):
+        optimizer.step()  # in fp16 it is this that skips such a gradient, and lowers the scale
+    if bad:
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+    optimizer.zero_grad()
+    return _Taken(terms, latent, wrong or "the loss of another process is not finite" * bad, stop)
+
+
+def _not_finite(loss: Tensor, norm: Tensor) -> str:
+    """Say which number is not finite, or nothing."""
+    for name, number in (("loss", loss), ("norm of the gradient", norm)):
+        if not bool(number.isfinite()):
+            return f"the {name} is {float(number)}"
+    return ""
+
+
+def _anywhere(here: list[bool], accelerator: Accelerator) -> list[bool]:
+    """Tell which of some things hold in any process."""
+    if accelerator.num_processes == 1:
+        return here
+    found = torch.tensor(here, dtype=torch.float32, device=accelerator.device)
+    return [bool(count) for count in accelerator.reduce(found, "sum")]  # type: ignore[union-attr]
 
 
 def _backward(
@@ -161,8 +269,10 @@ def _backward(
     return torch.stack(losses).mean(), means, torch.cat(latents)
 
 
-def make_accelerator(precision: str, log_with: str, run_dir: Path) -> Accelerator:
-    """Return the Accelerator of this process.
+def make_accelerator(
+    precision: str, log_with: str, run_dir: Path, *, accumulate: int = 1, compile: bool = False
+) -> Accelerator:
+    """Return the Accelerator of this process; see `Loop` for the options.
 
     Raises:
         UserError: the tracker is unknown or not installed (Accelerate would drop it silently).
@@ -171,11 +281,13 @@ def make_accelerator(precision: str, log_with: str, run_dir: Path) -> Accelerato
     if log_with not in ("none", *known):
         raise UserError(f"unknown tracker {log_with!r}{did_you_mean(log_with, ['none', *known])}")
     if log_with not in ("none", *map(str, get_available_trackers())):
-        raise UserError(f"--log-with {log_with}: not installed; pip install {log_with}")
+        raise UserError(f"--loop.log-with {log_with}: not installed; pip install {log_with}")
     accelerator = Accelerator(
         mixed_precision=native_precision() if precision == "auto" else precision,
         log_with=None if log_with == "none" else log_with,
         project_dir=run_dir,
+        gradient_accumulation_steps=accumulate,
+        dynamo_backend="inductor" if compile else None,
     )
     return accelerator
 
@@ -222,6 +334,7 @@ def begin(
         UserError: before anything is overwritten: the batch does not divide, the run to resume
             trains another model, or the folder is taken.
     """
+    require_at_least(config.loop, "loop.", accumulate=1, clip=1e-6, skips=0, keep=0)
     own_share(config.batch_size, num_samples, accelerator)
     if config.resume:
         _check_same_model(made.folder, description)
@@ -243,8 +356,13 @@ def _check_same_model(folder: Path, description: dict[str, Any]) -> None:
             )
 
 
-def own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> slice:
-    """Return the part of every batch that belongs to this process.
+def own_share(
+    batch_size: int, num_samples: int, accelerator: Accelerator
+) -> Int[np.ndarray, " share"]:
+    """Return the positions in every batch that belong to this process.
+
+    The batch is cut into the parts that are accumulated, and each of them among the processes: a
+    part, and SIGReg of it, is the same whatever their number.
 
     Raises:
         UserError: the batch does not divide by the processes, or is more than there is.
@@ -259,8 +377,8 @@ def own_share(batch_size: int, num_samples: int, accelerator: Accelerator) -> sl
         raise UserError(
             f"--batch-size {batch_size} is more than the {num_samples} samples there are"
         )
-    size = batch_size // processes
-    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+    cut = np.arange(batch_size).reshape(parts, processes, -1)
+    return cut[:, accelerator.process_index].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -270,7 +388,7 @@ class _Batches(Dataset[dict[str, Tensor] | UserError]):
     read: Read
     num_samples: int
     config: Training
-    share: slice
+    share: Int[np.ndarray, " share"]
 
     def __getitem__(self, step: int) -> dict[str, Tensor] | UserError:
         config = self.config
@@ -281,7 +399,9 @@ class _Batches(Dataset[dict[str, Tensor] | UserError]):
             return error
 
 
-def _batches(batches: _Batches, first: int, workers: int) -> Iterator[dict[str, Tensor]]:
+def _batches(
+    batches: _Batches, first: int, workers: int
+) -> Generator[dict[str, Tensor], None, None]:
     """Yield the batches of all steps from `first` on, in order.
 
     Raises:
@@ -289,7 +409,14 @@ def _batches(batches: _Batches, first: int, workers: int) -> Iterator[dict[str, 
     """
     steps = range(first, batches.config.steps)
     own = torch.Generator()  # the loader draws from it, not from what steps draw from
-    loader = DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, generator=own)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        generator=own,
+        worker_init_fn=_ignore_termination,
+    )
     try:
         for batch in loader:
             if isinstance(batch, UserError):
@@ -324,56 +451,183 @@ def _progress(first: int, steps: int, accelerator: Accelerator) -> Iterable[int]
     return tqdm(numbers, "training", steps, initial=first, disable=hidden, mininterval=1.0)
 
 
-def _diverged(what: str, step: int, run_dir: Path) -> UserError:
+@dataclass
+class _Asked:
+    """Whether the process was asked to end."""
+
+    to_end: bool = False
+
+    def __call__(self, *_: object) -> None:
+        self.to_end = True
+
+
+@contextmanager
+def _noticing_termination() -> Iterator[_Asked]:
+    """Note SIGTERM instead of dying of it, where signals can be handled: in the main thread."""
+    asked = _Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, asked)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ignore_termination(worker: int) -> None:
+    """Let a process that reads ahead live as long as the one it reads for needs its batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _diverged(wrong: str, state: _State, run_dir: Path) -> UserError:
+    times = f", {state.in_a_row} steps in a row" if state.in_a_row > 1 else ""
     where = f"the last good checkpoint is in {str(run_dir / 'checkpoint')!r}"
-    return UserError(f"at step {step} {what}: lower --lr; {where}")
+    return UserError(f"at step {state.step - 1} {wrong}{times}: lower --lr; {where}")
 
 
-def _in_evaluation_mode(method: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:
+def _in_evaluation_mode(
+    method: nn.Module, evaluate: Evaluate | None, step: int
+) -> dict[str, float]:
     if evaluate is None:
         return {}
     method.eval()
-    with torch.no_grad():
-        measured = evaluate()
+    try:
+        with torch.no_grad():
+            measured = evaluate()
+    except torch.linalg.LinAlgError as error:
+        raise UserError(
+            f"the features after step {step} cannot be measured, they have diverged: lower --lr "
+            f"({error})"
+        ) from error
     method.train()
     return measured
 
 
-def _save_training(
-    run_dir: Path, method: nn.Module, optimizer: AdamW, accelerator: Accelerator, step: int
-) -> None:
-    """Write the weights, and beside them all that a resumed run needs, each whole or not at all."""
-    folder = run_dir / "checkpoint"
-    weights = method.state_dict()
-    tensors = {f"model/{name}": value for name, value in weights.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    save_tensors(folder / "model.safetensors", weights, {"step": step})
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-    facts = {"step": step, "scaler": scaler}  # the scale of the loss, in fp16 only
-    save_tensors(folder / "training.safetensors", tensors, facts)  # last: resumed from
+class _Checkpoints:
+    """`checkpoint/`, all that a resumed run needs; the last few and the best in `checkpoints/`."""
 
+    def __init__(
+        self,
+        run_dir: Path,
+        method: nn.Module,
+        optimizer: AdamW,
+        accelerator: Accelerator,
+        loop: Loop,
+    ) -> None:
+        self.newest, self.others = run_dir / "checkpoint", run_dir / "checkpoints"
+        self.method, self.optimizer, self.accelerator = method, optimizer, accelerator
+        self.loop = loop
 
-def _load_training(
-    run_dir: Path, method: nn.Module, optimizer: AdamW, accelerator: Accelerator
-) -> int:
-    """Load what `_save_training` wrote and return the number of steps done; 0 before the first."""
-    path = run_dir / "checkpoint" / "training.safetensors"
-    if not path.exists():
-        return 0
-    tensors, facts = load_tensors(path)
-    weights = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
-    load_state(method, weights, str(path))
-    states: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            states.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
-    if accelerator.scaler and facts["scaler"]:
-        accelerator.scaler.load_state_dict(facts["scaler"])
-    return int(facts["step"])
+    def save(self, state: _State, measured: dict[str, float] | None) -> None:
+        """Write a checkpoint; the others before it, so that a run killed between writes them again.
+
+        Args:
+            state: What was done.
+            measured: The line of the log, at the steps where checkpoints are due.
+        """
+        if measured is not None and self.loop.best is not None:
+            self._save_if_best(state, measured, *self.loop.best)
+        if measured is not None and self.loop.keep > 0:
+            self._write(self.others / f"step-{state.step:08d}", state)
+        self._write(self.newest, state)
+        self._prune(state.step)
+
+    def _write(self, folder: Path, state: _State) -> None:
+        """Write the weights, and beside them all the rest, each whole or not at all."""
+        weights = self.method.state_dict()
+        tensors = {f"model/{name}": value for name, value in weights.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        facts = {  # the scale of the loss, in fp16 only
+            **asdict(state),
+            "scaler": scaler,
+            "processes": self.accelerator.num_processes,
+        }
+        self._describe(folder)
+        save_tensors(folder / "model.safetensors", weights, {"step": state.step})
+        save_tensors(folder / "training.safetensors", tensors, facts)  # last: resumed from
+
+    def _describe(self, folder: Path) -> None:
+        """Lay the description of the model beside weights that are kept."""
+        description = self.newest / "config.yaml"
+        if folder != self.newest and description.is_file():
+            write_atomically(
+                folder / "config.yaml", lambda part: shutil.copyfile(description, part)
+            )
+
+    def _save_if_best(
+        self, state: _State, measured: dict[str, float], name: str, which: str
+    ) -> None:
+        """Write the weights to `checkpoints/best` if a number is better than at those there."""
+        if name not in measured:
+            raise UserError(f"--loop.best {name!r} is not measured{did_you_mean(name, measured)}")
+        file, value = self.others / "best" / "model.safetensors", measured[name]
+        before = load_tensors(file)[1]["value"] if file.is_file() else math.nan
+        better = value < before if which == "min" else value > before
+        if better or (math.isnan(before) and not math.isnan(value)):
+            self._describe(file.parent)
+            facts = {"step": state.step, "number": name, "value": value}
+            save_tensors(file, self.method.state_dict(), facts)
+
+    def _prune(self, step: int) -> None:
+        """Remove kept checkpoints but the last ones up to a step."""
+        kept = [
+            folder
+            for folder in sorted(self.others.glob("step-*"))
+            if int(folder.name.removeprefix("step-")) <= step
+        ]
+        with writing(self.others):
+            for folder in kept[: max(0, len(kept) - self.loop.keep)]:
+                shutil.rmtree(folder)
+
+    def load(self) -> _State:
+        """Load what was written, and return what was done; nothing before the first checkpoint.
+
+        Raises:
+            UserError: damaged, or of another model.
+        """
+        if self.accelerator.is_main_process:
+            self._tidy()
+        path = self.newest / "training.safetensors"
+        if not path.exists():
+            return _State()
+        tensors, facts = load_tensors(path)
+        weights = {
+            k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")
+        }
+        load_state(self.method, weights, str(path))
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, name = key.split("/")
+                states.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        if self.accelerator.scaler and facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        self._compare_processes(facts.get("processes", 1))
+        state = _State(*(int(facts.get(name, 0)) for name in ("step", "skipped", "in_a_row")))
+        if self.accelerator.is_main_process:
+            self._prune(state.step)
+        return state
+
+    def _tidy(self) -> None:
+        """Remove what a kill left of files that were being written."""
+        for folder in (self.newest, *self.others.glob("*")):
+            for pattern in ("*.unfinished", ".tmp*"):  # of ours, of safetensors'
+                for file in folder.glob(pattern):
+                    file.unlink()
+
+    def _compare_processes(self, before: int) -> None:
+        """Say that rounding differs where the number of processes does."""
+        now = self.accelerator.num_processes
+        if now != before:
+            self.accelerator.print(
+                f"resumed on {now} process(es), stopped on {before}: the same samples in the same "
+                "order, but sums are rounded otherwise, so not bit for bit what it would have been"
+            )
 
 
 class _Log:
@@ -394,10 +648,12 @@ class _Log:
             text = "".join(line + "\n" for line in kept)
             write_atomically(self.path, lambda part: part.write_text(text))
 
-    def add(self, terms: dict[str, Tensor], latent: Tensor) -> None:
-        """Add losses, averaged over processes, and the health of the features."""
+    def add(self, terms: dict[str, Tensor], latent: Tensor | None) -> None:
+        """Add losses, averaged over processes, and the health of the features, if there are any."""
         means = self.accelerator.reduce({k: v.detach().float() for k, v in terms.items()}, "mean")
         self.line |= {key: float(value) for key, value in means.items()}
+        if latent is None:
+            return
         report = dict(collapse_report(latent))
         warning = str(report.pop("warning"))
         self.line |= report  # type: ignore[arg-type]
@@ -416,5 +672,5 @@ class _Log:
         self.last, self.line = {"step": step, "lr": lr, **self.line}, {}
         self.accelerator.log(self.last, step=step)
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.last) + "\n")
+            with writing(self.path), self.path.open("a") as file:
+                file.write(json.dumps(finite(self.last)) + "\n")

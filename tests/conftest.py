@@ -25,6 +25,23 @@ TINY = {
     "precision": "no",
 }
 
+FEW = (
+    *("--log-every", 1, "--checkpoint-every", 2, "--precision", "no", "--loop.keep", 2),
+    *("--steps", 12, "--batch-size", 8),
+)
+TOKENS = (
+    *("--encoder.dim", 16, "--encoder.depth", 1, "--encoder.patch", 8),
+    *("--masked-predictor.width", 16, "--masked-predictor.depth", 1),
+)
+COMMANDS = [
+    ("train_lejepa",),
+    ("train_ijepa", "--teacher", "none"),
+    ("train_ijepa", "--teacher", "ema"),
+    ("train_vjepa", "--teacher", "none"),
+    ("train_vjepa", "--teacher", "ema"),
+    ("train_world_model",),
+]
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -133,3 +150,31 @@ def resumes_exactly(tmp_path):
             assert one == two, name
 
     return assert_for
+
+
+@pytest.fixture
+def words(request, tmp_path, tiny_data, tiny_words):
+    """The command line of a tiny training of every kind, with data of its own."""
+    if request.param[0] == "train_world_model":
+        return [*request.param, *tiny_words, "--data", tiny_data, *FEW]
+    if request.param[0] == "train_vjepa":
+        from jepa_world.data.motion import letters, write_motion_clips
+
+        videos = write_motion_clips(tmp_path / "videos", letters(40, seed=0), seed=0)
+        cut = ("--clips.size", 16, "--clips.frames", 4, "--clips.fps", 4)
+        return [*request.param, *TOKENS, *cut, "--data", videos, *FEW]
+    pictures = write_pictures(tmp_path / "pictures")
+    own = TOKENS if request.param[0] == "train_ijepa" else ("--encoder.width", 16)
+    return [*request.param, *own, "--data", pictures, "--image-size", 16, *FEW]
+
+
+def write_pictures(folder):
+    from PIL import Image
+
+    from jepa_world.data.images import make_shapes
+
+    for number, pixels in enumerate(make_shapes(60, seed=0).pixels):
+        file = folder / f"{number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    return folder

@@ -79,9 +79,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
     path = tmp_path / "file"
     path.write_text("whole")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot write '.*file': disk full; .* is whole"):
         write_atomically(path, write)
-    assert path.read_text() == "whole"
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
 
 
 def test_values_that_yaml_or_json_cannot_hold_leave_the_old_file(tmp_path):

@@ -181,7 +181,7 @@ def test_evaluate_and_plan_agree_on_the_same_episodes(planned, evaluated):
             "too small for 9 halvings",
         ),
         ("train_world_model", ("--resume", "--data", "DATA"), "nothing to resume in"),
-        ("train_world_model", ("--log-with", "wandb", "--data", "DATA"), "pip install wandb"),
+        ("train_world_model", ("--loop.log-with", "wandb", "--data", "DATA"), "pip install wandb"),
     ],
 )
 def test_a_wrong_word_ends_in_one_line(refuses, tiny_run, tiny_data, command, words, message):

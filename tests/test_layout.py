@@ -14,7 +14,7 @@ COMPONENTS = ("encoders", "predictors", "envs", "planners", "configs")
 COMMON = {"config", "registry", "interfaces"}  # what any room of the core may use
 MAY_IMPORT = {  # room -> rooms of ours
     "registry": set(),
-    "processes": set(),
+    "processes": {"registry"},
     "config": {"registry"},
     "interfaces": set(),
     "policies": set(),

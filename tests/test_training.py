@@ -1,12 +1,11 @@
 import json
 import os
-import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,36 +17,49 @@ from torch import nn
 from jepa_world.checkpoint import load_tensors
 from jepa_world.config import read_yaml
 from jepa_world.methods.world_model import Output
-from jepa_world.registry import UserError
-from jepa_world.training import Training, batch_index, learning_rate, make_accelerator, train
+from jepa_world.registry import Stopped, UserError
+from jepa_world.training import (
+    Loop,
+    Training,
+    batch_index,
+    learning_rate,
+    make_accelerator,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train_world_model.py")
 
 
 class Line(nn.Module):
-    """Fit y = 2 x with dropout; the loss is not finite from step `breaks` on."""
+    """Fit y = 2 x with dropout; the loss is not finite from step `breaks` to before `mends`."""
 
-    def __init__(self, breaks=10**9):
+    def __init__(self, breaks=10**9, mends=10**9):
         super().__init__()
-        self.fit, self.dropout, self.breaks = nn.Linear(1, 1), nn.Dropout(0.5), breaks
+        self.fit, self.dropout = nn.Linear(1, 1), nn.Dropout(0.5)
+        self.broken = range(breaks, mends)
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, batch, step):
         loss = (self.fit(self.dropout(batch["x"])) - 2 * batch["x"]).square().mean()
         self.seen += batch["x"].sum()
-        loss = loss if step < self.breaks else loss * torch.nan
+        loss = loss * torch.nan if step in self.broken else loss
         return Output(loss, {"error": loss.detach()}, torch.randn(8, 2))
 
 
 def fit(folder, method, *, steps=20, resume=False, read=None, evaluate=None, **changes):
     """Train a `Line` on twelve numbers and return its parameters."""
     numbers = torch.linspace(-1, 1, 12)[:, None]
-    how = {"batch_size": 4, "lr": 0.1, "log_every": 2, "checkpoint_every": 5} | changes
+    how = {"batch_size": 4, "lr": 0.1, "log_every": 2, "checkpoint_every": 5}
+    how |= {"loop": Loop()} | changes
     return train(
         *(method, read or (lambda index, step: {"x": numbers[index]}), 12),
         Training(steps=steps, resume=resume, **how),
-        accelerator=make_accelerator("no", "none", folder),
+        accelerator=make_accelerator(
+            *("no", "none", folder),
+            accumulate=how["loop"].accumulate,
+            compile=how["loop"].compile,
+        ),
         run_dir=folder,
         evaluate=evaluate,
     )
@@ -150,9 +162,153 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"at step 12 the loss is nan: lower --lr; .*checkpoint'$"):
-        fit(tmp_path, Line(breaks=12))
+        fit(tmp_path, Line(breaks=12), loop=Loop(skips=0))
     tensors, facts = load_tensors(tmp_path / "checkpoint" / "model.safetensors")
     assert facts == {"step": 10} and all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_change_nothing(tmp_path):
+    """Two of them, at steps 8 and 9: parameters and buffers stay, a resumed run counts on."""
+    before = {}
+
+    def read(index, step):
+        if step in (8, 10):
+            before[step] = {key: value.clone() for key, value in method.state_dict().items()}
+        return {"x": torch.linspace(-1, 1, 12)[index, None]}
+
+    torch.manual_seed(0)
+    method = Line(breaks=8, mends=10)
+    last = fit(tmp_path, method, read=read, log_every=1)
+    assert before[8].keys() == before[10].keys() and "seen" in before[8]
+    assert all(torch.equal(before[8][key], before[10][key]) for key in before[8])
+    lines = metrics(tmp_path)
+    assert [line["skipped"] for line in lines] == [0] * 8 + [1] + [2] * 11 and last["skipped"] == 2
+    assert [line["step"] for line in lines if line["loss"] is None] == [9, 10]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert fit(tmp_path, method, steps=24, resume=True, log_every=1)["skipped"] == 2
+
+
+def test_more_skipped_steps_in_a_row_than_allowed_end_it_before_a_checkpoint_of_them(tmp_path):
+    with pytest.raises(UserError, match="at step 11 the loss is nan, 4 steps in a row: lower --lr"):
+        fit(tmp_path, Line(breaks=8), loop=Loop(skips=3))
+    assert load_tensors(tmp_path / "checkpoint" / "training.safetensors")[1]["step"] == 5
+
+
+def test_a_collapse_is_warned_of_once_and_seen_in_the_metrics(tmp_path, capsys):
+    class Collapsed(Line):
+        def forward(self, batch, step):
+            return super().forward(batch, step)._replace(latent=torch.full((8, 2), 3.0))
+
+    fit(tmp_path, Collapsed())
+    assert capsys.readouterr().out.count("warning: features have collapsed to a point") == 1
+    assert all(line["largest_std"] == 0 for line in metrics(tmp_path) if "loss" in line)
+
+
+def test_a_run_that_explodes_shows_it_in_the_metrics_before_it_ends(tmp_path):
+    with pytest.raises(UserError, match="lower --lr"):
+        fit(tmp_path, Line(), steps=400, lr=1e19, log_every=1)
+    norms = [line["gradient_norm"] for line in metrics(tmp_path) if "gradient_norm" in line]
+    assert norms[0] < 100 and max(norm for norm in norms if norm is not None) > 1e15
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+    method, values = Line(), iter([0.5, 0.2, 0.4, 0.3])
+    loop = Loop(keep=2, best=("error", "min"))
+    fit(tmp_path, method, evaluate=lambda: {"error": next(values)}, loop=loop)
+    kept = tmp_path / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "best",
+        "step-00000015",
+        "step-00000020",
+    ]
+    best, facts = load_tensors(kept / "best" / "model.safetensors")
+    assert facts == {"step": 10, "number": "error", "value": 0.2}
+    newest = (kept / "step-00000020" / "training.safetensors").read_bytes()
+    assert newest == (tmp_path / "checkpoint" / "training.safetensors").read_bytes()
+    assert not torch.equal(best["fit.weight"], method.fit.weight)
+
+
+def test_a_kept_checkpoint_can_be_gone_back_to(tmp_path):
+    torch.manual_seed(1)
+    fit(tmp_path, Line(), loop=Loop(keep=3))
+    straight = weights(tmp_path), metrics(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint")
+    (tmp_path / "checkpoints" / "step-00000010").rename(tmp_path / "checkpoint")
+    fit(tmp_path, Line(), resume=True, loop=Loop(keep=3))
+    assert (weights(tmp_path), metrics(tmp_path)) == straight
+
+
+def test_a_best_that_is_not_measured_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--loop.best 'los' is not measured; nearest: loss"):
+        fit(tmp_path, Line(), loop=Loop(best=("los", "min")), log_every=5)
+
+
+def test_sigterm_ends_it_after_the_step_with_a_checkpoint(tmp_path):
+    def read(index, step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"x": torch.linspace(-1, 1, 12)[index, None]}
+
+    def once(folder, **options):
+        torch.manual_seed(1)
+        return fit(tmp_path / folder, Line(), **options)
+
+    before = signal.getsignal(signal.SIGTERM)
+    once("straight")
+    with pytest.raises(Stopped, match="stopped after step 8 of 20; --resume --run-dir"):
+        once("resumed", read=read)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert load_tensors(tmp_path / "resumed/checkpoint/training.safetensors")[1]["step"] == 8
+    once("resumed", resume=True)
+    assert weights(tmp_path / "straight") == weights(tmp_path / "resumed")
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("how", ["full", "blocked"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(tmp_path, how):
+    """A limit on the size of files stands for a full disk, a folder in its place for no access."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def evaluate():
+        if (folder / "training.safetensors").exists() and how == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        elif (folder / "training.safetensors").exists():
+            (folder / "model.safetensors.unfinished").mkdir()
+        return {}
+
+    folder, method = tmp_path / "checkpoint", Line()
+    method.register_buffer("large", torch.zeros(100_000))
+    try:
+        with pytest.raises(UserError, match=r"cannot write '.*model.safetensors': .* is whole"):
+            fit(tmp_path, method, evaluate=evaluate)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for name in ("model", "training"):
+        tensors, facts = load_tensors(folder / f"{name}.safetensors")
+        assert facts["step"] == 5 and all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.slow
+def test_compiled_it_trains_as_it_does_plain(tmp_path):
+    for name, options in (("plain", Loop()), ("compiled", Loop(compile=True))):
+        torch.manual_seed(0)
+        method = Line()
+        method.dropout.p = 0.0
+        fit(tmp_path / name, method, loop=options)
+    one, two = (
+        load_tensors(tmp_path / n / "checkpoint/model.safetensors")[0]
+        for n in ("plain", "compiled")
+    )
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_longer_gradient_is_shortened_to_the_clip(tmp_path):
+    """By a momentum of the first step: AdamW's `exp_avg` is a tenth of the gradient."""
+    fit(tmp_path, Line(), steps=1, loop=Loop(clip=1e-3))
+    state, _ = load_tensors(tmp_path / "checkpoint" / "training.safetensors")
+    moments = torch.cat([v.flatten() for k, v in state.items() if k.endswith("/exp_avg")])
+    assert moments.norm().item() == pytest.approx(1e-4, rel=1e-3)
 
 
 def test_a_checkpoint_of_another_model_is_not_resumed(tmp_path):
@@ -174,7 +330,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     ("tracker", "message"),
     [
         ("tensorbord", "unknown tracker 'tensorbord'; nearest: tensorboard; known: "),
-        ("dvclive", "--log-with dvclive: not installed; pip install dvclive"),
+        ("dvclive", "--loop.log-with dvclive: not installed; pip install dvclive"),
     ],
 )
 def test_a_tracker_that_cannot_be_used_is_refused(tmp_path, tracker, message):
@@ -191,31 +347,6 @@ def test_biases_and_gains_have_no_weight_decay(tmp_path):
     before = method.fit.weight.item()
     fit(tmp_path, method, read=lambda index, step: still, weight_decay=0.5)
     assert method.fit.bias.item() == 3.0 and abs(method.fit.weight.item()) < abs(before)
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_and_resumed_it_equals_one_straight_through(
-    tmp_path, tiny_data, tiny_words, call, kills
-):
-    """The slow case kills many times: also while a checkpoint is written."""
-    words = [*tiny_words, "--data", tiny_data, "--steps", 150, "--checkpoint-every", 7]
-    assert call("train_world_model", *words, "--run-dir", tmp_path / "straight").code == 0
-    folder, moments = tmp_path / "killed", random.Random(0)
-    line = [sys.executable, SCRIPT, *map(str, words), "--run-dir", str(folder)]
-    for _ in range(kills):
-        log = folder / "metrics.jsonl"
-        begun = log.stat().st_mtime_ns if log.exists() else 0
-        process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > begun):
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        line += ["--resume"] if "--resume" not in line else []
-    ended = call("train_world_model", "--resume", "--run-dir", folder)
-    assert ended.code == 0, ended.stderr
-    assert weights(folder) == weights(tmp_path / "straight")
-    assert metrics(folder) == metrics(tmp_path / "straight")
 
 
 def test_resuming_repeats_the_settings_of_the_run(tiny_run, tiny_data, tmp_path, call):
@@ -288,7 +419,8 @@ folder = Path(sys.argv[1])
 train(
     method, lambda i, step: {"pixels": torch.from_numpy(pixels[i]), "action": action[i]}, 40,
     Training(steps=5, batch_size=8, lr=1e-2, weight_decay=1e-3, log_every=1, checkpoint_every=5),
-    accelerator=make_accelerator("no", "none", folder), run_dir=folder,
+    accelerator=make_accelerator("no", "none", folder, accumulate=int(sys.argv[2])),
+    run_dir=folder,
 )
 threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 assert not any("gloo" in name for name in threads), "one may meet the interpreter in its end"
@@ -306,12 +438,16 @@ def torchrun(*words, **options):
     )
 
 
-def test_two_processes_equal_one(tmp_path):
-    """In float64, where rounding cannot hide a wrong average: parameters agree to 1e-9."""
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(tmp_path, parts):
+    """In float64, where rounding cannot hide a wrong average: parameters agree to 1e-9.
+
+    In the slow case each process adds up the gradients of two parts of its share.
+    """
     (tmp_path / "processes.py").write_text(PROCESSES)
-    done = torchrun(tmp_path / "processes.py", tmp_path / "two")
+    done = torchrun(tmp_path / "processes.py", tmp_path / "two", parts)
     assert done.returncode == 0, done.stderr
-    line = [sys.executable, tmp_path / "processes.py", tmp_path / "one"]
+    line = [sys.executable, tmp_path / "processes.py", tmp_path / "one", str(parts)]
     subprocess.run(line, check=True, capture_output=True)
     one, two = (load_tensors(tmp_path / n / "checkpoint/model.safetensors")[0] for n in NUMBERS)
     for key, value in one.items():
@@ -346,7 +482,7 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, tiny
 
 
 def test_parts_of_a_batch_accumulate_to_the_step_of_the_whole(tmp_path, monkeypatch):
-    """By the variable that Accelerate reads: gradients are averaged."""
+    """By a flag, or the variable that Accelerate reads: gradients are averaged."""
 
     def weight(folder, **changes):
         torch.manual_seed(0)
@@ -356,6 +492,7 @@ def test_parts_of_a_batch_accumulate_to_the_step_of_the_whole(tmp_path, monkeypa
         return method.fit.weight.item()
 
     whole = weight(tmp_path / "whole")
+    assert weight(tmp_path / "flag", loop=Loop(accumulate=2)) == pytest.approx(whole, rel=1e-5)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     assert weight(tmp_path / "parts") == pytest.approx(whole, rel=1e-5)
     with pytest.raises(UserError, match="2 steps of accumulation"):

@@ -3,12 +3,15 @@
 `python plan.py ...` in a checkout and `jepa-world plan ...` anywhere are the same command.
 """
 
+import errno
 import importlib
 import os
+import signal
 import sys
 
 from jepa_world.config import parse
-from jepa_world.registry import UserError, did_you_mean
+from jepa_world.processes import launched
+from jepa_world.registry import Stopped, UserError, did_you_mean
 
 COMMANDS = {
     "collect": "Collect",
@@ -40,17 +43,26 @@ def main(command: str | None = None) -> None:
             command = _known(command)
         if command == "evaluate" and "--probe" in arguments:  # frozen features instead of planning
             command, arguments = "probe", [word for word in arguments if word != "--probe"]
+        launched()
         module = importlib.import_module(f"jepa_world.commands.{command}")
         module.run(parse(vars(module)[COMMANDS[command]], arguments, program=command))
     except UserError as error:
         print(f"{command}:", *str(error).split(), file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as stop:
+        print(f"{command}: {stop}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
         print(f"{command}: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:  # of a disk, wherever something was written
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        print(f"{command}: cannot write {error.filename or 'a file'}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _known(command: str) -> str:

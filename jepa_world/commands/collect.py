@@ -7,9 +7,10 @@ both: without them a model never learns that a resting arm rests. Episode i is a
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,14 @@ import numpy as np
 
 import jepa_world
 from jepa_world import envs
-from jepa_world.data.trajectories import Trajectories, is_complete, write_store
+from jepa_world.data.trajectories import (
+    Trajectories,
+    is_complete,
+    wait_until_begun,
+    write_store,
+)
 from jepa_world.policies import PolicyName, actions_of, usual_policy
-from jepa_world.processes import map_in_processes
+from jepa_world.processes import launched, map_in_processes
 from jepa_world.registry import UserError
 
 STATE_COLUMNS = ("state", "proprio")  # of info, stored where the environment gives them
@@ -65,17 +71,27 @@ class Collect:
 
 def run(config: Collect) -> None:
     """Collect, and say where the dataset is."""
-    folder = collect(config)
+    number, count = launched()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    workers = config.workers or max(1, (os.cpu_count() or 1) // local)
+    folder = collect(replace(config, workers=workers), share=(number, count))
+    if number > 0:
+        return
     data = Trajectories(folder)
     size = "x".join(map(str, data.frame_shape))
     print(f"{data.num_episodes} episodes, {data.lengths.sum()} frames of {size}: {folder}")
 
 
-def collect(config: Collect) -> Path:
+def collect(config: Collect, *, share: tuple[int, int] = (0, 1)) -> Path:
     """Collect, or finish an interrupted collection of the same settings; return its folder.
 
     A complete dataset is left as it is. With more than one worker the caller's main module is
     imported again in each, as always with spawned processes.
+
+    Args:
+        config: What is collected.
+        share: The number of this process and how many collect side by side into one folder, every
+            one its share of the shards; the first returns when all are there.
 
     Raises:
         UserError: a value out of range, an environment that is unknown or gives no pictures, a
@@ -87,6 +103,8 @@ def collect(config: Collect) -> Path:
     settings["env"] = envs.SHORT_NAMES.get(config.env, config.env)
     settings["factors"] = config.factors and list(config.factors)
     try:
+        if share[0] > 0:
+            wait_until_begun(folder)
         if is_complete(folder, settings, _versions()):
             return folder
         env = _kept_env(config)
@@ -101,6 +119,7 @@ def collect(config: Collect) -> Path:
             shard_episodes=config.shard_episodes,
             jpeg=config.jpeg,
             doing="collecting",
+            share=share,
         )
     except envs.EnvError as error:
         raise UserError(str(error)) from error

@@ -1,5 +1,6 @@
 """Measure planning: success over many held-out episodes and several trained models."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import gymnasium as gym
 from tqdm import tqdm
 
+from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.plan import (
     Planning,
-    make_agent,
-    make_planner,
+    make_agents,
+    make_planners,
     model_steps,
     open_env,
     shipped,
@@ -33,6 +35,7 @@ from jepa_world.evaluation import (
 )
 from jepa_world.interfaces import SimulatorEnv
 from jepa_world.methods.world_model import load_world_model
+from jepa_world.processes import gather, launched, own_share
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.search import UnsuitedCostError
@@ -64,18 +67,28 @@ def run(config: Evaluate) -> None:
     steps = the_same_steps(config, [description for _, description in models])
     tolerance = tolerance_of(config, env)
     seeds = unsolved_seeds(env, config.episodes, config.seed, tolerance)
-    agents = [make_agent(config, env, model) for model, _ in models]
-    made.open(config)
+    agents = [make_agents(config, env, model) for model, _ in models]
+    own = own_share(seeds, "episodes")
+    number, _ = launched()
+    if number == 0:
+        made.open(config)
 
-    by_model: dict[str, list[Episode]] = {}
-    for source, agent in zip(sources, agents, strict=True):
-        by_model[str(source)] = _episodes(f"{source}", env, ModelPolicy(agent), seeds, steps)
-    random = _episodes("random", env, RandomPolicy(env.action_space, config.seed), seeds, steps)
+    measured = {
+        str(source): _episodes(f"{source}", env, model_policies(agent_of), own, steps)
+        for source, agent_of in zip(sources, agents, strict=True)
+    }
+    others = {"random": _episodes("random", env, random_policies(env), own, steps)}
+    if config.ceiling:
+        others |= _ceiling(config, env, own, stride_of(models[0][1]))
+    by_model, others = gather(measured), gather(others)
+    if number > 0:
+        return
     episodes = [episode for model in by_model.values() for episode in model]
+    rates = {name: _rates(rows, tolerance) for name, rows in others.items()}
     results: dict[str, Any] = {
         "env": config.env,
         **_rates(episodes, tolerance),
-        "random_floor": _rates(random, tolerance),
+        "random_floor": rates["random"],
         "plan_seconds": plan_seconds(episodes),
         "tolerance": tolerance,
         "budget": config.budget,
@@ -85,12 +98,22 @@ def run(config: Evaluate) -> None:
             name: [round(row.distances[-1], 5) for row in rows] for name, rows in by_model.items()
         },
     }
-    if config.ceiling:
-        results |= _ceiling(config, env, seeds, stride_of(models[0][1]), tolerance)
+    if "simulator" in rates:
+        results["simulator_ceiling"] = rates["simulator"]
     for name in ("success_end", "success_ever"):
         rate = results[name]
         print(f"{name}: {rate['rate']:.1%} (n {rate['n']}, 95 %: {rate['low']} to {rate['high']})")
     made.finish(results)
+
+
+def model_policies(agent_of: Callable[[int], Agent]) -> Callable[[int], Policy]:
+    """Return what makes the policy of an episode, from its seed: the agent under test."""
+    return lambda seed: ModelPolicy(agent_of(seed))
+
+
+def random_policies(env: gym.Env[Any, Any]) -> Callable[[int], Policy]:
+    """Return what makes the policy of an episode, from its seed: random actions."""
+    return lambda seed: RandomPolicy(env.action_space, seed)
 
 
 def the_same_steps(config: Evaluate, descriptions: list[dict[str, Any]]) -> int:
@@ -106,25 +129,32 @@ def the_same_steps(config: Evaluate, descriptions: list[dict[str, Any]]) -> int:
 
 
 def _episodes(
-    name: str, env: gym.Env[Any, Any], policy: Policy, seeds: list[int], steps: int
+    name: str,
+    env: gym.Env[Any, Any],
+    policy_of: Callable[[int], Policy],
+    seeds: Sequence[int],
+    steps: int,
 ) -> list[Episode]:
-    progress = tqdm(seeds, name, mininterval=1.0)
-    return [run_episode(env, policy, seed, steps) for seed in progress]
+    progress = tqdm(seeds, name, mininterval=1.0, disable=launched()[0] > 0)
+    return [run_episode(env, policy_of(seed), seed, steps) for seed in progress]
 
 
 def _ceiling(
-    config: Evaluate, env: gym.Env[Any, Any], seeds: list[int], stride: int, tolerance: float
-) -> dict[str, Any]:
-    """Return the rates of planning on the simulator; none where it or the planner cannot."""
+    config: Evaluate, env: gym.Env[Any, Any], seeds: Sequence[int], stride: int
+) -> dict[str, list[Episode]]:
+    """Return episodes of planning on the simulator; none where it or the planner cannot."""
     if not isinstance(simulator := env.unwrapped, SimulatorEnv):
         return {}
-    policy = SimulatorPolicy(simulator, *make_planner(config, env), stride=stride)
+    build, start = make_planners(config, env)
+
+    def policy_of(seed: int) -> Policy:
+        return SimulatorPolicy(simulator, build(seed), start, stride=stride)
+
     try:
-        rows = _episodes("simulator", env, policy, seeds, config.budget // stride)
+        return {"simulator": _episodes("simulator", env, policy_of, seeds, config.budget // stride)}
     except UnsuitedCostError as error:
         print(f"no ceiling, the true simulator gives only costs: {error}")
         return {}
-    return {"simulator_ceiling": _rates(rows, tolerance)}
 
 
 def _rates(episodes: list[Episode], tolerance: float) -> dict[str, Any]:

@@ -52,7 +52,11 @@ def train_on_images(
     """
     use_one_thread()
     made = Run.of(command, config.run_dir)
-    accelerator = make_accelerator(config.precision, config.log_with, made.folder)
+    accelerator = make_accelerator(
+        *(config.precision, config.loop.log_with, made.folder),
+        accumulate=config.loop.accumulate,
+        compile=config.loop.compile,
+    )
     whole, test = load_images(config.data, size=config.image_size)
     training, held_out = hold_out(whole)
     rows, columns, channels = whole.pixels.shape[1:]

@@ -1,7 +1,7 @@
 """Plan to goal images with a trained world model, and leave a video of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from jepa_world.interfaces import Planner, SimulatorEnv
 from jepa_world.methods.world_model import WorldModel, load_world_model
 from jepa_world.objectives import Objective, weighted_sum
 from jepa_world.policies import actions_of, usual_policy
+from jepa_world.processes import gather, launched, own_share
 from jepa_world.registry import UserError, did_you_mean, load_function
-from jepa_world.report import Film, FrameBank, write_report
+from jepa_world.report import Camera, Film, FrameBank, write_report
 from jepa_world.runs import Run
 from jepa_world.testing import check_objective, check_planner
 
@@ -90,15 +91,20 @@ def run(config: Plan) -> None:
     env = open_env(config, description)
     tolerance = tolerance_of(config, env)
     seeds = unsolved_seeds(env, config.episodes, config.seed, tolerance)
-    agent = make_agent(config, env, model)
+    agent_of = make_agents(config, env, model)
     steps = model_steps(config, description)
-    made.open(config)
+    number, _ = launched()
+    if number == 0:
+        made.open(config)
     bank = FrameBank.of(env, model)
-    films: list[Film] = []
-    for seed in tqdm(seeds, "planning", mininterval=1.0):
-        film = Film(bank, agent, env.reset(seed=seed)[1]["goal"])
-        film.episode = run_episode(env, ModelPolicy(agent), seed, steps, watch=film.watch)
-        films.append(film)
+    own: list[Film] = []
+    for seed in tqdm(own_share(seeds, "episodes"), "planning", mininterval=1.0, disable=number > 0):
+        camera = Camera(bank, agent := agent_of(seed))
+        episode = run_episode(env, ModelPolicy(agent), seed, steps, watch=camera.watch)
+        own.append(Film(episode, env.reset(seed=seed)[1]["goal"], camera.seen, camera.imagined))
+    films = gather({"films": own})["films"]
+    if number > 0:
+        return
     episodes = [film.episode for film in films]
     results: dict[str, Any] = {
         "env": config.env,
@@ -215,12 +221,16 @@ def _make_env(name: str, frame: tuple[int, int, int], **options: Any) -> gym.Env
     return resized
 
 
-def make_agent(config: Planning, env: gym.Env[Any, Any], model: WorldModel) -> Agent:
-    """Return the agent that plans with a model as the configuration says."""
-    planner, start = make_planner(config, env)
+def make_agents(
+    config: Planning, env: gym.Env[Any, Any], model: WorldModel
+) -> Callable[[int], Agent]:
+    """Return what makes the agent of an episode, from the seed of its start and goal."""
+    build, start = make_planners(config, env)
     objective = make_objective(config.objective)
     check_objective(objective, model.encoder.num_tokens, model.encoder.dim, *start.shape)
-    return Agent(model, planner, start, history=config.history, objective=objective)
+    return lambda seed: Agent(
+        model, build(seed), start, history=config.history, objective=objective
+    )
 
 
 def make_objective(terms: Sequence[str]) -> Objective:
@@ -244,19 +254,24 @@ def make_objective(terms: Sequence[str]) -> Objective:
     return weighted_sum(*weighted)
 
 
-def make_planner(config: Planning, env: gym.Env[Any, Any]) -> tuple[Planner, Tensor]:
-    """Return the planner, its samples drawn from the command's seed, and a first plan of zeros."""
+def make_planners(
+    config: Planning, env: gym.Env[Any, Any]
+) -> tuple[Callable[[int], Planner], Tensor]:
+    """Return what makes the planner of an episode, and a first plan of zeros.
+
+    Its samples are drawn from the seeds of the command and of the episode, so an episode does not
+    depend on those before it, nor on the number of processes.
+    """
     space = env.action_space
     assert isinstance(space, gym.spaces.Box)
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
     known = [option.name for option in part_options("planner", config.planner.name)]
-    options = dict(config.planner.options)
-    if "seed" in known:
-        options["seed"] = options.get("seed", 0) + config.seed
-    part = Part(config.planner.name, options)
 
-    def build() -> Planner:
-        return part.build("planner", low, high, config.horizon)
+    def build(seed: int) -> Planner:
+        options = dict(config.planner.options)
+        if "seed" in known:
+            options["seed"] = options.get("seed", 0) + config.seed + seed
+        return Part(config.planner.name, options).build("planner", low, high, config.horizon)
 
-    check_planner(build, low, high, config.horizon)
-    return build(), torch.zeros(config.horizon, *space.shape)
+    check_planner(lambda: build(0), low, high, config.horizon)
+    return build, torch.zeros(config.horizon, *space.shape)

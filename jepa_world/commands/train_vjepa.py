@@ -110,7 +110,11 @@ def run(config: TrainVjepa) -> None:
     use_one_thread()
     check(config)
     made = Run.of("train_vjepa", config.run_dir)
-    accelerator = make_accelerator(config.precision, config.log_with, made.folder)
+    accelerator = make_accelerator(
+        *(config.precision, config.loop.log_with, made.folder),
+        accumulate=config.loop.accumulate,
+        compile=config.loop.compile,
+    )
     if accelerator.is_main_process and config.data == DEFAULT:
         write_default(config.data)
     accelerator.wait_for_everyone()

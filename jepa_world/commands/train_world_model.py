@@ -85,7 +85,11 @@ def run(config: TrainWorldModel) -> None:
     require_at_least(config, lr=0, weight_decay=0, seed=0, checkpoint_every=1)
     check_steps_ahead(config)
     made = Run.of("train_world_model", config.run_dir)
-    accelerator = make_accelerator(config.precision, config.log_with, made.folder)
+    accelerator = make_accelerator(
+        *(config.precision, config.loop.log_with, made.folder),
+        accumulate=config.loop.accumulate,
+        compile=config.loop.compile,
+    )
     if accelerator.is_main_process and config.data == Path("data/reach"):
         collect_default(config.data)
     accelerator.wait_for_everyone()

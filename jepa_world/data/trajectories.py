@@ -16,6 +16,7 @@ read as well, in the layouts of `layouts` and `parquet`; NaN at a last frame is 
 import copy
 import io
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -470,6 +471,7 @@ def write_store(
     shard_episodes: int,
     jpeg: bool,
     doing: str,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Write a folder of shards, or what an interrupted command left out.
 
@@ -481,21 +483,42 @@ def write_store(
         shard_episodes: Episodes of a shard.
         jpeg: Store frames as JPEG.
         doing: What the progress bar says.
+        share: The number of this process and how many write shards in turn; the first also writes
+            the description, and waits for the others.
     """
-    _write_yaml(folder, description)
+    number, processes = share
+    if number == 0:
+        _write_yaml(folder, description)
     ranges = {
         folder / f"shard-{first // shard_episodes:05d}.h5": range(first, total)[:shard_episodes]
         for first in range(0, total, shard_episodes)
     }
-    todo = {path: indices for path, indices in ranges.items() if not path.exists()}
+    own = dict(list(ranges.items())[number::processes])
+    todo = {path: indices for path, indices in own.items() if not path.exists()}
     wanted = [index for indices in todo.values() for index in indices]
-    episodes = make(wanted)
-    with tqdm(desc=doing, total=total, initial=total - len(wanted), unit="episode") as progress:
+    episodes, count = make(wanted), sum(map(len, own.values()))
+    with tqdm(
+        desc=doing,
+        total=count,
+        initial=count - len(wanted),
+        unit="episode",
+        disable=number > 0,
+    ) as progress:
         for path, indices in todo.items():
             write_shard(path, _counted(islice(episodes, len(indices)), progress), jpeg=jpeg)
+    if number > 0:
+        return
+    while not all(path.exists() for path in ranges):
+        time.sleep(0.1)
     data = Trajectories(folder, columns=["action"])
     action = {"mean": data.action_mean.tolist(), "std": data.action_std.tolist()}
     _write_yaml(folder, {**description, "action": action})
+
+
+def wait_until_begun(folder: Path) -> None:
+    """Wait until another process has begun to write a store."""
+    while not (folder / "dataset.yaml").is_file():
+        time.sleep(0.1)
 
 
 def _counted(episodes: Iterable[Episode], progress: tqdm) -> Iterator[Episode]:

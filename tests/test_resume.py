@@ -1,0 +1,187 @@
+"""Runs that are killed: a server imports everything once and forks the processes that die."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVER = """
+import gc, json, os, random, signal, sys, time, traceback
+from pathlib import Path
+import torch
+from torch import nn
+from jepa_world.checkpoint import write_atomically
+from jepa_world.commands import main
+from jepa_world.commands import train_ijepa, train_lejepa, train_vjepa, train_world_model
+from jepa_world.encoders import conv, resnet, vit
+from jepa_world.predictors import masked, mlp
+from jepa_world.methods.world_model import Output
+from jepa_world.runs import Run
+from jepa_world.training import Loop, Training, begin, make_accelerator, train
+
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # files, as audit events
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fit, self.dropout = nn.Linear(1, 1), nn.Dropout(0.5)
+
+    def forward(self, batch, step):
+        loss = (self.fit(self.dropout(batch["x"])) - 2 * batch["x"]).square().mean()
+        return Output(loss, {}, torch.randn(8, 2))
+
+
+def line(folder, resume):
+    '''Train a line for six steps, two checkpoints and the best kept.'''
+    loop = Loop(keep=2, best=("error", "min"))
+    config = Training(
+        steps=6, batch_size=4, lr=0.1, log_every=1, checkpoint_every=1, loop=loop, resume=resume
+    )
+    torch.manual_seed(0)
+    made, method = Run(folder), Line()
+    accelerator = make_accelerator("no", "none", folder)
+    begin(made, config, {"method": "line"}, 12, accelerator)
+    numbers = torch.linspace(-1, 1, 12)[:, None]
+    train(
+        *(method, lambda index, step: {"x": numbers[index]}, 12, config),
+        accelerator=accelerator,
+        run_dir=folder,
+        evaluate=lambda: {"error": (method.fit.weight - 2).abs().item()},
+    )
+
+
+def forked(work, folder, change=None):
+    '''Start work in a process of its own; with `change`, it kills itself before that one.'''
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(folder.parent / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    left = [change]
+
+    def count(event, details):
+        if event not in CHANGES or not str(details[0]).startswith(str(folder)):
+            return
+        if event == "open" and not details[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if change is not None:
+        sys.addaudithook(count)
+    code = 1
+    try:
+        work(folder, (folder / "config.yaml").is_file())
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def ended(pid):
+    '''Wait, and return the exit code; a negative one is a signal.'''
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def finish(work, folder):
+    code = ended(forked(work, folder))
+    assert code == 0, (folder.parent / "log").read_text()
+
+
+def contents(folder):
+    '''Return what must be equal: all but the timings of results.json and what it draws.'''
+    files = [folder / "metrics.jsonl", *folder.rglob("*.safetensors"), *folder.rglob("*.yaml")]
+    left = [p for p in folder.rglob("*") if p.suffix == ".unfinished" or p.name[:4] == ".tmp"]
+    assert not left, left
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def at_every_change(folder, every):
+    '''Kill before every n-th change of a file; return how many kills there were.'''
+    kills, code = 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        run = folder / f"killed{kills}"
+        code = ended(forked(line, run, kills * every))
+        finish(line, run)
+        same(run, folder / "straight")
+        kills += 1
+    return kills - 1
+
+
+def at_random(folder, words, kills):
+    '''Kill at random moments, again after every resume; return how many met a file half written.'''
+    def work(run, resume):
+        sys.argv = [*words, "--run-dir", str(run), *(["--resume"] if resume else [])]
+        main(words[0])
+
+    began = time.perf_counter()
+    finish(work, folder / "whole")
+    lasts, moments = time.perf_counter() - began, random.Random(0)
+    done = halves = runs = 0
+    while done < kills:
+        run, code = folder / f"killed{runs}", None
+        while code != 0 and done < kills:
+            pid = forked(work, run)
+            time.sleep(moments.uniform(0, lasts))
+            os.kill(pid, signal.SIGKILL)
+            code = ended(pid)
+            assert code in (0, -signal.SIGKILL), (folder / "log").read_text()
+            done += code != 0
+            halves += any(p.suffix == ".unfinished" or p.name[:4] == ".tmp"
+                          for p in run.rglob("*"))
+        finish(work, run)
+        same(run, folder / "whole")
+        runs += 1
+    return halves
+
+
+def same(one, two):
+    one, two = contents(one), contents(two)
+    assert one.keys() == two.keys(), one.keys() ^ two.keys()
+    assert not [name for name in one if one[name] != two[name]]
+
+
+torch.set_num_threads(1)
+how = json.loads(sys.argv[1])
+folder = Path(how.pop("folder"))
+line(folder / "straight", False)  # what is imported at the first step is so for all forks
+gc.collect()
+gc.freeze()
+print({"changes": at_every_change, "random": at_random}[how.pop("kind")](folder, **how))
+"""
+
+
+def kill(folder, kind, **how):
+    """Run the server, and return what it counted."""
+    request = json.dumps({"folder": str(folder), "kind": kind, **how})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", SERVER, request]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_any_change_of_a_file_and_resumed_it_equals_one_straight_through(
+    tmp_path, every
+):
+    """Weights, optimiser, metrics, kept checkpoints; the slow case before each, some 180 kills."""
+    assert kill(tmp_path, "changes", every=every) > 100 // every
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMMANDS, indirect=True, ids=" ".join)
+def test_killed_at_random_moments_every_command_equals_one_straight_through(tmp_path, words):
+    """Each 20 times with kill -9: while reading, stepping, measuring and writing."""
+    kill(tmp_path, "random", words=list(map(str, words)), kills=20)
