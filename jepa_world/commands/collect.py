@@ -21,7 +21,7 @@ import numpy as np
 import jepa_world
 from jepa_world import envs
 from jepa_world.data.trajectories import Trajectories, is_complete, write_store
-from jepa_world.policies import PolicyName, actions_of, usual_policy
+from jepa_world.policies import PolicyName, actions_of, check_policy, usual_policy
 from jepa_world.processes import map_in_processes
 from jepa_world.registry import UserError
 
@@ -91,6 +91,8 @@ def collect(config: Collect) -> Path:
             return folder
         env = _kept_env(config)
         _check_env(env, config.env)
+        if config.policy is not None:
+            check_policy(env, config.policy)
         description = {
             "settings": settings,
             "policy": config.policy or usual_policy(env),
