@@ -24,7 +24,7 @@ SUBSTEPS = 10  # of 0.01 s: one step of the environment is 0.1 s
 CELL = 0.1  # metres, width and height of a cell
 STEP = 0.05  # metres the ball moves in a step under an action of 1
 INSET = 0.015  # metres; start and goal are drawn at most this far from the middle of a cell
-SLACK = 0.005  # metres; contacts are a little soft, and a state seen in one can be set again
+SLACK = 0.008  # metres; contacts are a little soft, and a state seen in one can be set again
 THIN = 1e-3  # metres that walls are thicker by for a way: none leads between two that touch
 LAYOUTS = {
     "small": """
@@ -187,7 +187,7 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if value.shape != (2,) or not np.isfinite(value).all():
             raise ValueError(f"{name} is {value!r}, expected (x, y) in metres")
         radius = self._scene.model.geom("ball").size[0]
-        if self._ways.gap(value) < radius - SLACK:
+        if self._ways.gap(value) + THIN < radius - SLACK:
             raise ValueError(f"{name} is {value!r}: nearer to a wall than the ball's {radius} m")
         return value
 

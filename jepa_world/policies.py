@@ -69,27 +69,25 @@ def actions_of(
         options = {"correlation": correlation, "spread": spread, "still": still}
         yield from smooth_actions(generator, steps, width, **options)
         return
-    script = script_of(env, policy, generator)
+    check_policy(env, policy)
+    inner: Any = env.unwrapped
+    script = inner.guide(generator) if policy == "guided" else inner.expert(generator)
     for rests in still_steps(generator.random(steps), still):
         action = np.zeros(env.action_space.shape or ()) if rests else next(script)
         yield action.clip(-1.0, 1.0).astype(np.float32)
 
 
-def script_of(
-    env: gymnasium.Env[Any, Any], policy: PolicyName, generator: np.random.Generator
-) -> Iterator[Float[np.ndarray, " a"]]:
-    """Return the actions of an environment's guide or expert.
+def check_policy(env: gymnasium.Env[Any, Any], policy: PolicyName) -> None:
+    """Check that an environment offers what a policy needs.
 
     Raises:
-        UserError: it has none.
+        UserError: it has no guide, or no expert.
     """
     inner = env.unwrapped
-    if policy == "guided" and isinstance(inner, GuidedEnv):
-        return inner.guide(generator)
-    if policy == "expert" and isinstance(inner, ExpertEnv):
-        return inner.expert(generator)
-    method = {"guided": "guide", "expert": "expert"}[policy]
-    raise UserError(f"policy {policy!r} needs an environment with a method `{method}`")
+    if policy == "guided" and not isinstance(inner, GuidedEnv):
+        raise UserError("policy 'guided' needs an environment with a method `guide`")
+    if policy == "expert" and not isinstance(inner, ExpertEnv):
+        raise UserError("policy 'expert' needs an environment with a method `expert`")
 
 
 def smooth_actions(

@@ -110,6 +110,35 @@ def test_actions_are_smooth_bounded_and_rest_exactly_at_the_asked_share():
     assert np.corrcoef(first.ravel(), second.ravel())[0, 1] == pytest.approx(0.8, abs=0.02)
 
 
+@pytest.mark.parametrize(("env", "policy"), [("reach", "random"), ("rooms", "guided")])
+def test_who_acts_is_the_guide_where_there_is_one_and_is_recorded(tmp_path, env, policy):
+    left_open = collect(into(tmp_path / "open", env=env, episodes=2))
+    named = collect(into(tmp_path / "named", env=env, episodes=2, policy=policy))
+    shards = [(folder / "shard-00000.h5").read_bytes() for folder in (left_open, named)]
+    assert shards[0] == shards[1]
+    for folder in (left_open, named):
+        assert yaml.safe_load((folder / "dataset.yaml").read_text())["policy"] == policy
+
+
+def test_an_expert_goes_where_random_actions_do_not_and_rests_at_the_asked_share(tmp_path):
+    options = {"env": "rooms", "episodes": 3, "steps": 40}
+    folder = collect(into(tmp_path / "expert", policy="expert", still=0.1, **options))
+    state = Trajectories(folder).read(np.array([0, 41, 82]), 41)["state"]
+    side = np.sign(state[:, [0, -1], 0] - state[:, [0, -1], 4])
+    assert (side[:, 0] != side[:, 1]).all()  # start and goal lie in different rooms
+
+
+def test_factors_are_drawn_for_every_episode_and_leave_the_motion(dataset, tmp_path):
+    folder = collect(into(tmp_path / "varied", factors=("light", "table_color")))
+    plain, varied = (Trajectories(path).read(np.array([0, 7]), 7) for path in (dataset, folder))
+    np.testing.assert_array_equal(plain["state"], varied["state"])
+    corner = varied["pixels"][:, :, 0, 0]
+    assert (corner[:, :1] == corner).all() and (corner[0] != corner[1]).any()
+    collect(into(folder, factors=("light", "table_color")))  # complete: left as it is
+    with pytest.raises(UserError, match=r"with factors \['light', 'table_color'\], not None"):
+        collect(into(folder))
+
+
 def test_an_env_that_ends_early_gives_shorter_episodes(tmp_path, monkeypatch):
     (tmp_path / "short_env.py").write_text(
         "import gymnasium, numpy as np\n"
@@ -140,6 +169,8 @@ def test_an_env_that_ends_early_gives_shorter_episodes(tmp_path, monkeypatch):
         ({"correlation": 1.0}, r"expected correlation in \[0, 1\)"),
         ({"env": "rech"}, "unknown env 'rech'; nearest: reach"),
         ({"env": "CartPole-v1", "image_size": None}, "expected byte images"),
+        ({"policy": "guided"}, "policy 'guided' needs an environment with a method `guide`"),
+        ({"factors": ("lihgt",)}, r"unknown factors \['lihgt'\]; known: light"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line_and_leave_nothing(tmp_path, changes, message):

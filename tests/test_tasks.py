@@ -7,10 +7,11 @@ import pytest
 from jepa_world import envs
 from jepa_world.commands.plan import goals_ahead
 from jepa_world.evaluation import unsolved_seeds
+from jepa_world.policies import actions_of, usual_policy
 from jepa_world.registry import UserError
 from jepa_world.testing import check_env
 
-TASKS = ["reach", "push", "push_square", "maze", "maze_medium", "maze_large", "rooms"]
+TASKS = ["reach", "push", "maze_medium", "rooms"]
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -20,21 +21,24 @@ def task(request):
     env.close()
 
 
-def test_a_task_keeps_the_contract(task):
-    check_env(task)
+@pytest.mark.parametrize("name", envs.SHORT_NAMES)
+def test_a_task_keeps_the_contract(name):
+    check_env(envs.make(name, size=32))
 
 
 def test_every_factor_alone_changes_pictures_or_motion_and_never_the_start(task):
+    def played(env):
+        actions = actions_of(env, usual_policy(env), np.random.default_rng(0), 25, still=0.0)
+        return [env.step(action)[4]["state"] for action in actions]
+
     plain, info = task.reset(seed=4)
-    actions = np.random.default_rng(0).uniform(-1, 1, (8, 2)).astype(np.float32)
-    moved = [task.step(action)[4]["state"] for action in actions]
+    moved = played(task)
     for name in info["factors"]:
         varied, other = task.reset(seed=4, options={"factors": {name: "random"}})
         differing = {n for n, v in other["factors"].items() if (v != info["factors"][n]).any()}
         assert differing == {name}
         np.testing.assert_array_equal(other["configuration"], info["configuration"])
-        drifted = [task.step(action)[4]["state"] for action in actions]
-        assert (varied != plain).any() or not np.array_equal(moved, drifted), name
+        assert (varied != plain).any() or not np.array_equal(played(task), moved), name
 
 
 def test_a_factor_drawn_does_not_depend_on_which_others_are(task):

@@ -27,7 +27,7 @@ from jepa_world.data.trajectories import (
     wait_until_begun,
     write_store,
 )
-from jepa_world.policies import PolicyName, actions_of, usual_policy
+from jepa_world.policies import PolicyName, actions_of, check_policy, usual_policy
 from jepa_world.processes import launched, map_in_processes
 from jepa_world.registry import UserError
 
@@ -109,6 +109,8 @@ def collect(config: Collect, *, share: tuple[int, int] = (0, 1)) -> Path:
             return folder
         env = _kept_env(config)
         _check_env(env, config.env)
+        if config.policy is not None:
+            check_policy(env, config.policy)
         description = {
             "settings": settings,
             "policy": config.policy or usual_policy(env),
