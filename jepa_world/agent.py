@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from jepa_world.interfaces import Planner
+from jepa_world.interfaces import Planner, PrefixRollout
 from jepa_world.methods.world_model import WorldModel
 from jepa_world.objectives import Objective, summed_distance
 
@@ -100,24 +100,35 @@ class GoalCost:
 
     def imagine(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s h n d"]:
         """Predict the latents that every plan would visit from here."""
-        seen = repeat(self.z, "b t n d -> (b s) t n d", s=plans.shape[1])
-        future = self.model.rollout(seen, self._actions(plans))
-        return rearrange(future, "(b s) h n d -> b s h n d", s=plans.shape[1])
+        return self.model.rollout_plans(self.z, self._actions(plans))
 
     def foresee(
         self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
     ) -> Float[Tensor, "b s h n d"]:
         """Predict the latent after every step, were those before it `z`: one call, no rollout.
 
-        With a `PrefixRollout` predictor, `imagine` is not what this leaves as it is.
+        A `PrefixRollout` predictor feeds back every `span`-th latent alone: from there, then.
         """
+        if isinstance(self.model.predictor, PrefixRollout):
+            return self._foresee_spans(self.model.predictor, z, plans)
         seen = repeat(self.z, "b t n d -> (b s) t n d", s=plans.shape[1])
         visited = rearrange(z[:, :, :-1], "b s h n d -> (b s) h n d")
-        following = self.model.predictor(torch.cat([seen, visited], 1), self._actions(plans))
+        actions = rearrange(self._actions(plans), "b s u a -> (b s) u a")
+        following = self.model.predictor(torch.cat([seen, visited], 1), actions)
         future = following[:, -plans.shape[2] :]
         return rearrange(future, "(b s) h n d -> b s h n d", s=plans.shape[1])
 
-    def _actions(self, plans: Tensor) -> Tensor:
-        """Return the actions of every plan behind those of the past `((b s) u+h a)`."""
+    def _foresee_spans(self, predictor: PrefixRollout, z: Tensor, plans: Tensor) -> Tensor:
+        first, *later = plans.split(predictor.span, 2)
+        future = [self.imagine(first)]
+        for number, actions in enumerate(later, start=1):
+            before = rearrange(z[:, :, number * predictor.span - 1], "b s n d -> (b s) 1 n d")
+            actions = rearrange(actions, "b s k a -> (b s) 1 k a")
+            stretch = predictor.rollout_prefixes(before, actions)
+            future.append(rearrange(stretch, "(b s) 1 k n d -> b s k n d", s=plans.shape[1]))
+        return torch.cat(future, 2)
+
+    def _actions(self, plans: Tensor) -> Float[Tensor, "b s u a"]:
+        """Return the actions of every plan behind those of the past."""
         past = repeat(self.actions, "b u a -> b s u a", s=plans.shape[1])
-        return rearrange(torch.cat([past, plans], 2), "b s u a -> (b s) u a")
+        return torch.cat([past, plans], 2)

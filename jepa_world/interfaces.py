@@ -107,14 +107,18 @@ class FastRollout(Protocol):
 class PrefixRollout(Protocol):
     """A predictor may offer this in place of `FastRollout`: latents far ahead, not step by step.
 
-    The latent k steps ahead is predicted from z and the first k actions. It is not the number that
+    The latent k steps ahead is predicted from z and the first k actions, up to `span` of them; what
+    lies further goes on from the latent that `span` actions lead to. It is not the number that
     feeding predictions back gives, except for k = 1, and has to be trained. Where it is offered,
-    training and planning roll out by it.
+    training and planning roll out by it: s plans from the same z, so that what is made of z alone
+    is made once.
     """
 
+    span: int
+
     def rollout_prefixes(
-        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
-    ) -> Float[Tensor, "b h n d"]:
+        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b s u a"]
+    ) -> Float[Tensor, "b s h n d"]:
         """Return the h = u - t + 1 latents after z; actions 0..t-1 belong to the steps of z."""
         ...
 

@@ -358,7 +358,7 @@ def _roll(
     name: str, rollout: Callable[[Tensor, Tensor], Tensor], z: Tensor, action: Tensor
 ) -> Tensor:
     future = _call(name, rollout, z, action)
-    expected = (len(z), action.shape[1] - z.shape[1] + 1, *z.shape[2:])
+    expected = (*action.shape[:-2], action.shape[-2] - z.shape[1] + 1, *z.shape[2:])
     promise = "one latent for every action from the last known step on"
     return _check_tensor(name, future, expected, promise)
 
@@ -378,20 +378,31 @@ def _check_rollout(fast: FastRollout, predictor: nn.Module, z: Tensor, action: T
 
 def _check_prefixes(prefix: PrefixRollout, predictor: nn.Module, z: Tensor, action: Tensor) -> None:
     name, known = "predictor.rollout_prefixes", z.shape[1]
-    future = _roll(name, prefix.rollout_prefixes, z, action)
+
+    def roll(*plans: Tensor) -> Tensor:
+        return _roll(name, prefix.rollout_prefixes, z, torch.stack(plans, 1))[:, 0]
+
+    future = roll(action)
     following = predictor(z, action[:, :known])[:, -1:]
     if bool(_gap(future[:, :1], following).any()):
         raise ContractError(f"{name} differs from calling the predictor at step 1")
+    if bool(_gap(roll(action, 1 - action), future).any()):
+        raise ContractError(f"{name} mixes plans: what one leads to depends on another")
     for step in range(1, future.shape[1]):
         changed = action.clone()
         changed[:, known - 1 + step] += 1
-        moved = _gap(_roll(name, prefix.rollout_prefixes, z, changed), future).any(0)
+        moved = _gap(roll(changed), future).any(0)
         if bool(moved[:step].any()):
             early = int(moved.nonzero()[0]) + 1
             raise ContractError(f"{name} shows an action of step {step + 1} at step {early}")
         if not bool(moved[step:].all()):
             late = step + 1 + int((~moved[step:]).nonzero()[0])
             raise ContractError(f"{name} ignores the action of step {step + 1} at step {late}")
+    if prefix.span < future.shape[1]:
+        reached, rest = future[:, prefix.span - 1 : prefix.span], action[:, known - 1 + prefix.span :]
+        onward = _roll(name, prefix.rollout_prefixes, reached, rest[:, None])[:, 0]
+        if bool(_gap(onward, future[:, prefix.span :]).any()):
+            raise ContractError(f"{name} does not go on from the latent after its span of steps")
 
 
 def _check_gradients(

@@ -1,14 +1,17 @@
 """All latents ahead from the present one and the prefixes of the actions, in one call.
 
-z_{t+k} = z_t + f(z_t, a_t..a_{t+k-1}) for k = 1..span: nothing is fed back while planning. The
-actions are read by a causal transformer that also sees the present latent; what it makes of a
-prefix moves every token. In the spirit of Fast-LeWM, where a causal transformer reads the actions
-alone (https://arxiv.org/abs/2606.26217).
+z_{t+k} = z_t + f(z_t, a_t..a_{t+k-1}) for k = 1..span: nothing is fed back while planning. One
+transformer reads the present latent, once for all plans that begin there; another, narrower one
+reads the actions of each plan, causally, and looks at what the first makes of the latent. In the
+spirit of Fast-LeWM, where a causal transformer reads the actions alone
+(https://arxiv.org/abs/2606.26217).
 """
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,14 +26,19 @@ class PrefixPredictor(nn.Module):
     latent is seen, none before it. Plans longer than `span` go on from the latent at its end. The
     last layer starts at zero, so an untrained predictor copies the latent.
 
+    With the ratios below it has as many weights as an AdaLN transformer of this width and depth,
+    of which two thirds read the latent: a plan costs a step of the other third for each action.
+
     Args:
         dim: Width of a latent token.
         action_dim: Width of an action.
         span: Actions of the longest prefix.
-        width: Width of the transformer.
-        depth: Number of blocks.
+        width: Width of both transformers.
+        depth: Number of blocks of each.
         heads: Attention heads.
-        mlp_ratio: Width of a block's hidden layer, and of the last one, as a multiple of `width`.
+        mlp_ratio: Width of the hidden layers of the one that reads the latent, as a multiple of
+            `width`.
+        action_ratio: The same of the one that reads the actions, and of the last hidden layer.
 
     Raises:
         ValueError: the width does not divide into heads.
@@ -40,8 +48,8 @@ class PrefixPredictor(nn.Module):
         >>> predictor = PrefixPredictor(32, 2, span=10, width=64, depth=2)
         >>> predictor(torch.zeros(8, 5, 4, 32), torch.zeros(8, 5, 2)).shape
         torch.Size([8, 5, 4, 32])
-        >>> predictor.rollout_prefixes(torch.zeros(8, 1, 4, 32), torch.zeros(8, 10, 2)).shape
-        torch.Size([8, 10, 4, 32])
+        >>> predictor.rollout_prefixes(torch.zeros(8, 1, 4, 32), torch.zeros(8, 20, 10, 2)).shape
+        torch.Size([8, 20, 10, 4, 32])
     """
 
     def __init__(
@@ -53,18 +61,22 @@ class PrefixPredictor(nn.Module):
         width: int = 128,
         depth: int = 3,
         heads: int = 4,
-        mlp_ratio: float = 2.0,
+        mlp_ratio: float = 4.0,
+        action_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         self.span = span
         self.token_in = nn.Linear(dim, width)
         self.action_in = nn.Linear(action_dim, width)
         self.positions = nn.Parameter(0.02 * torch.randn(span, width))
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        hidden = int(width * mlp_ratio)
+        self.present, self.ahead = (
+            nn.ModuleList(Block(width, heads, mlp_ratio=ratio) for _ in range(depth))
+            for ratio in (mlp_ratio, action_ratio)
+        )
+        self.token_norm, self.action_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        hidden = int(width * action_ratio)
         self.token_out = nn.Linear(width, hidden)
-        self.prefix_out = nn.Linear(width, hidden, bias=False)
+        self.action_out = nn.Linear(width, hidden, bias=False)
         self.out = nn.Linear(hidden, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -74,30 +86,34 @@ class PrefixPredictor(nn.Module):
     ) -> Float[Tensor, "b t n d"]:
         """Return the next latent of every step, from this step alone."""
         present = rearrange(z, "b t n d -> (b t) n d")
-        following = self._ahead(present, rearrange(action, "b t a -> (b t) 1 a"))
-        return rearrange(following, "(b t) 1 n d -> b t n d", b=len(z))
+        following = self._ahead(present, rearrange(action, "b t a -> (b t) 1 1 a"))
+        return rearrange(following, "(b t) 1 1 n d -> b t n d", b=len(z))
 
     def rollout_prefixes(
-        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
-    ) -> Float[Tensor, "b h n d"]:
-        """Return the h = u - t + 1 latents after z, `span` of them at a time."""
-        present, future = z[:, -1], []
-        for actions in action[:, z.shape[1] - 1 :].split(self.span, 1):
-            future.append(self._ahead(present, actions))
-            present = future[-1][:, -1]
-        return torch.cat(future, 1)
+        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b s u a"]
+    ) -> Float[Tensor, "b s h n d"]:
+        """Return the h = u - t + 1 latents after z under every plan, `span` of them at a time."""
+        first, *later = action[:, :, z.shape[1] - 1 :].split(self.span, 2)
+        future = [self._ahead(z[:, -1], first)]
+        for actions in later:
+            reached = rearrange(future[-1][:, :, -1], "b s n d -> (b s) n d")
+            stretch = self._ahead(reached, rearrange(actions, "b s k a -> (b s) 1 k a"))
+            future.append(rearrange(stretch, "(b s) 1 k n d -> b s k n d", b=len(z)))
+        return torch.cat(future, 2)
 
     def _ahead(
-        self, z: Float[Tensor, "b n d"], action: Float[Tensor, "b k a"]
-    ) -> Float[Tensor, "b k n d"]:
-        """Return the latents after each prefix of at most `span` actions."""
-        tokens, prefixes = z.shape[1], action.shape[1]
-        actions = self.action_in(action) + self.positions[:prefixes]
-        x = torch.cat([self.token_in(z).to(actions), actions], 1)
-        order = torch.arange(tokens + prefixes, device=z.device).sub(tokens - 1).clamp(min=0)
-        mask = order[:, None] >= order  # tokens of the latent see each other and no action
-        for block in self.blocks:
-            x = block(x, mask)
-        x = self.norm(x)
-        present, prefix = self.token_out(x[:, :tokens]), self.prefix_out(x[:, tokens:])
-        return z[:, None] + self.out(F.silu(present[:, None] + prefix[:, :, None]))
+        self, z: Float[Tensor, "b n d"], action: Float[Tensor, "b s k a"]
+    ) -> Float[Tensor, "b s k n d"]:
+        """Return the latents after each prefix of at most `span` actions, for s plans of each z."""
+        tokens, (samples, prefixes) = z.shape[1], action.shape[1:3]
+        latent = self.token_in(z)
+        x = self.action_in(rearrange(action, "b s k a -> (b s) k a")) + self.positions[:prefixes]
+        mask = x.new_ones(prefixes, tokens + prefixes, dtype=torch.bool).tril(tokens)
+        for present, ahead in zip(self.present, self.ahead, strict=True):
+            latent, seen = cast(Block, present).extend(latent, None)
+            key, value = (repeat(part, "b h n e -> (b s) h n e", s=samples) for part in seen)
+            x, _ = cast(Block, ahead).extend(x, (key, value), mask)
+        token = rearrange(self.token_out(self.token_norm(latent)), "b n w -> b 1 1 n w")
+        prefix = self.action_out(self.action_norm(x))
+        prefix = rearrange(prefix, "(b s) k w -> b s k 1 w", s=samples)
+        return z[:, None, None] + self.out(F.silu(token + prefix))

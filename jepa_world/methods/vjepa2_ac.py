@@ -91,8 +91,8 @@ class VJEPA2AC(nn.Module):
     def _ahead(self, z: Tensor, following: Tensor, given: list[Tensor]) -> Tensor:
         """Return the latents 2..T steps after the first, of which the next is known already."""
         if isinstance(self.predictor, PrefixRollout):
-            ahead = self.predictor.rollout_prefixes(z, given[0][:, : self.rollout])
-            return ahead[:, 1:].to(z)
+            ahead = self.predictor.rollout_prefixes(z, given[0][:, None, : self.rollout])
+            return ahead[:, 0, 1:].to(z)
         fed = torch.cat([z, following], 1)
         for known in range(2, self.rollout + 1):
             following = self.predictor(fed, *(x[:, :known] for x in given))[:, -1:].to(z)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -125,10 +125,21 @@ class WorldModel(nn.Module):
         Actions 0..t-1 belong to the steps of `z`, the rest to the steps that are predicted.
         """
         if isinstance(self.predictor, PrefixRollout):
-            return self.predictor.rollout_prefixes(z, action)
+            return self.predictor.rollout_prefixes(z, action[:, None])[:, 0]
         if isinstance(self.predictor, FastRollout):
             return self.predictor.rollout(z, action)
         return rollout(self.predictor, z, action)
+
+    def rollout_plans(
+        self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b s u a"]
+    ) -> Float[Tensor, "b s h n d"]:
+        """Predict the h = u - t + 1 latents after `z` under each of s sequences of actions."""
+        if isinstance(self.predictor, PrefixRollout):
+            return self.predictor.rollout_prefixes(z, action)
+        samples = action.shape[1]
+        seen = repeat(z, "b t n d -> (b s) t n d", s=samples)
+        future = self.rollout(seen, rearrange(action, "b s u a -> (b s) u a"))
+        return rearrange(future, "(b s) h n d -> b s h n d", s=samples)
 
 
 def rollout(
