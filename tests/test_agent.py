@@ -12,6 +12,7 @@ from jepa_world.planners.cem import CEM
 from jepa_world.predictors.adaln import AdaLNPredictor
 from jepa_world.predictors.block_causal import BlockCausalPredictor
 from jepa_world.predictors.mlp import MLPPredictor
+from jepa_world.predictors.prefix import PrefixPredictor
 from jepa_world.registry import PARTS
 
 LOW, HIGH = -torch.ones(2), torch.ones(2)
@@ -39,6 +40,16 @@ class Delayed(nn.Module):
     def forward(self, z, action):
         before = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], dim=1)
         return z + before.unsqueeze(2)
+
+
+class PrefixMover(Mover):
+    """The same, two actions at a time: z'' = z + a + a'."""
+
+    span = 2
+
+    def rollout_prefixes(self, z, action):
+        actions = action[:, :, z.shape[1] - 1 :].unsqueeze(3)
+        return z[:, None, -1:] + actions.cumsum(2)
 
 
 class Recorder:
@@ -147,15 +158,16 @@ def test_imagination_is_the_rollout_of_the_model():
 PLANNERS = sorted(set(PARTS["planner"]) - {"random_shooting"})
 
 
-def drive_by(name, start, goal, objective, steps=10):
+def drive_by(name, start, goal, objective, steps=10, predictor=Mover):
     planner = Part(name).build("planner", LOW, HIGH, 6)
-    agent = Agent(model(Mover()), planner, torch.zeros(6, 2), objective=objective)
+    agent = Agent(model(predictor()), planner, torch.zeros(6, 2), objective=objective)
     return drive(agent, [start], [goal], steps)[0]
 
 
+@pytest.mark.parametrize("predictor", [Mover, PrefixMover])
 @pytest.mark.parametrize("name", PLANNERS)
-def test_every_planner_reaches_the_goal(name):
-    z = drive_by(name, [0.0, 0.0], [2.5, -1.5], summed_distance)
+def test_every_planner_reaches_the_goal(name, predictor):
+    z = drive_by(name, [0.0, 0.0], [2.5, -1.5], summed_distance, predictor=predictor)
     assert (z - torch.tensor([2.5, -1.5])).abs().max() < 0.25
 
 
@@ -182,13 +194,17 @@ def test_constraints_are_costs_beside_the_goal_s(name):
     assert z.norm() > 3.0
 
 
-@pytest.fixture(params=["mlp", "adaln", "block_causal", "of ones own"])
+STEPWISE = ["mlp", "adaln", "block_causal", "of ones own"]
+
+
+@pytest.fixture(params=[*STEPWISE, "prefix"])
 def cost(request):
     """Return the cost of an agent that has seen two frames, for two episodes."""
     predictors = {
         "mlp": lambda: MLPPredictor(4, 2, width=16, history=2),
         "adaln": lambda: AdaLNPredictor(4, 2, width=16, depth=2, heads=2),
         "block_causal": lambda: BlockCausalPredictor(4, 2, width=32, depth=2, heads=2),
+        "prefix": lambda: PrefixPredictor(4, 2, width=16, depth=1, heads=2, span=2),
         "of ones own": Delayed,
     }
     predictor = predictors[request.param]()
@@ -222,6 +238,7 @@ def test_it_foresees_each_step_from_the_latents_before_it_alone(cost):
     assert not torch.allclose(foreseen[:, :, 1:], cost.imagine(plans)[:, :, 1:])
 
 
+@pytest.mark.parametrize("cost", STEPWISE, indirect=True)
 def test_slopes_of_its_cost_are_those_of_the_plain_rollout(cost):
     plans = torch.rand(2, 1, 5, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
     (slope,) = torch.autograd.grad(cost(plans).sum(), plans)

@@ -1,5 +1,8 @@
+from itertools import product
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from jepa_world.predictors.adaln import AdaLNPredictor
 from jepa_world.predictors.block_causal import BlockCausalPredictor
@@ -105,30 +108,86 @@ def test_tokens_of_a_step_see_each_other_but_mlp_tokens_do_not():
         assert bool(gap > 1e-4) == sees
 
 
+def plain_prefix(predictor, z, actions):
+    """Predict the latent (n d) that one prefix of actions (k a) leads to from z (n d), alone.
+
+    Both transformers see the whole of one sequence, [tokens of z, actions], without a cache.
+    """
+    tokens = len(z)
+    latent, x = predictor.token_in(z), predictor.action_in(actions)
+    x = x + predictor.positions[: len(actions)]
+    for present, ahead in zip(predictor.present, predictor.ahead, strict=True):
+        width, heads = latent.shape[1], present.attention.heads
+        keys = [present.attention.qkv(present.norm1(latent))[:, width:]]
+        keys.append(ahead.attention.qkv(ahead.norm1(x))[:, width:])
+        key, value = torch.cat(keys).chunk(2, 1)
+        found = []
+        for step, query in enumerate(ahead.attention.qkv(ahead.norm1(x))[:, :width]):
+            seen = slice(0, tokens + step + 1)
+            for q, k, v in zip(*(m.chunk(heads, -1) for m in (query, key, value)), strict=True):
+                weights = (k[seen] @ q / len(q) ** 0.5).softmax(0)
+                found.append(weights @ v[seen])
+        x = x + ahead.attention.out(torch.stack(found).view(len(x), width))
+        x = x + ahead.mlp(ahead.norm2(x))
+        latent = present(latent[None])[0]
+    moved = predictor.token_out(predictor.token_norm(latent))
+    moved = moved + predictor.action_out(predictor.action_norm(x[-1]))
+    return z + predictor.out(F.silu(moved))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_prefixes_of_all_plans_at_once_equal_each_by_itself(num_tokens):
+    predictor = shaken(PrefixPredictor(8, 2, width=32, depth=2, heads=2, span=4))
+    z, action = torch.randn(2, 1, num_tokens, 8), torch.randn(2, 3, 4, 2)
+    found = predictor.rollout_prefixes(z, action)
+    for b, s, k in product(range(2), range(3), range(4)):
+        alone = plain_prefix(predictor, z[b, 0], action[b, s, : k + 1])
+        torch.testing.assert_close(found[b, s, k], alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("known", [1, 3])
 @pytest.mark.parametrize("span", [1, 2, 10])
 def test_prefixes_are_predicted_from_the_last_latent_span_by_span(span, known):
     predictor = shaken(PrefixPredictor(8, 2, width=32, depth=2, heads=2, span=span))
-    z, action = torch.randn(2, known, 3, 8), torch.randn(2, known + 4, 2)
-    found = predictor.rollout_prefixes(z, action)
+    z, action = torch.randn(2, known, 3, 8), torch.randn(2, 1, known + 4, 2)
+    found = predictor.rollout_prefixes(z, action)[:, 0]
     assert found.shape == (2, 5, 3, 8)
     present = z[:, -1:]
     for step in range(5):
         begin, inside = step // span * span, step % span
         start = present if begin == 0 else found[:, begin - 1 : begin]
-        prefix = action[:, known - 1 + begin : known + begin + inside]
-        alone = predictor.rollout_prefixes(start, prefix)[:, -1]
+        prefix = action[:, :, known - 1 + begin : known + begin + inside]
+        alone = predictor.rollout_prefixes(start, prefix)[:, 0, -1]
         torch.testing.assert_close(found[:, step], alone)
+
+
+@pytest.mark.parametrize("span", [2, 10])
+def test_a_latent_of_a_plan_depends_on_the_actions_before_it_alone(span):
+    predictor = shaken(PrefixPredictor(8, 2, width=32, depth=2, heads=2, span=span))
+    z, action = torch.randn(1, 1, 2, 8), torch.randn(1, 2, 6, 2, requires_grad=True)
+    future = predictor.rollout_prefixes(z, action)
+    for step in range(6):
+        (slope,) = torch.autograd.grad(future[0, 1, step].sum(), action, retain_graph=True)
+        reached = slope[0].abs().sum(-1) > 0
+        assert reached.tolist() == [[False] * 6, [now <= step for now in range(6)]]
 
 
 def test_a_prefix_is_not_its_steps_one_by_one():
     predictor = shaken(PrefixPredictor(8, 2, width=32, depth=2, heads=2, span=5))
     z, action = torch.randn(2, 1, 1, 8), torch.randn(2, 3, 2)
-    at_once, stepwise = predictor.rollout_prefixes(z, action), z
+    at_once, stepwise = predictor.rollout_prefixes(z, action[:, None])[:, 0], z
     for step in range(3):
         stepwise = torch.cat([stepwise, predictor(stepwise, action[:, : step + 1])[:, -1:]], 1)
     torch.testing.assert_close(at_once[:, :1], stepwise[:, 1:2])
     assert not torch.allclose(at_once[:, 1:], stepwise[:, 2:], atol=0.01)
+
+
+def test_a_prefix_predictor_has_the_weights_of_adaln_and_most_of_them_are_used_once_a_plan():
+    with torch.device("meta"):
+        prefix, adaln = PrefixPredictor(192, 10, width=192), AdaLNPredictor(192, 10, width=192)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (prefix, adaln, prefix.ahead)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.03
+    assert sizes[2] < 0.35 * sizes[0]
 
 
 def test_a_recurrent_state_remembers_what_a_short_window_forgets():

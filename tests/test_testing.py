@@ -120,9 +120,14 @@ def test_broken_predictor_is_told_its_promise(predictor, promise):
 class MyPrefix(MyPredictor):
     """A right one: a latent k steps ahead has moved by the sum of the first k actions."""
 
+    span = 4
+
     def rollout_prefixes(self, z, action):
-        prefix = action[:, z.shape[1] - 1 :].cumsum(1)
-        return self(z[:, -1:].expand(-1, prefix.shape[1], -1, -1), prefix)
+        return self.step(z[:, -1:], action[:, :, z.shape[1] - 1 :].cumsum(2))
+
+    def step(self, z, prefix):
+        z, prefix = z[:, None].expand(-1, *prefix.shape[1:3], -1, -1), prefix.flatten(0, 1)
+        return self(z.flatten(0, 1), prefix).unflatten(0, z.shape[:2])
 
 
 class PrefixOfOldLatent(MyPrefix):
@@ -133,20 +138,26 @@ class PrefixOfOldLatent(MyPrefix):
 class PrefixOfWholePlan(MyPrefix):
     def rollout_prefixes(self, z, action):
         future = super().rollout_prefixes(z, action)
-        return torch.cat([future[:, :1], future[:, -1:].expand_as(future[:, 1:])], 1)
+        return torch.cat([future[:, :, :1], future[:, :, -1:].expand_as(future[:, :, 1:])], 2)
 
 
 class PrefixOfLastAction(MyPrefix):
     def rollout_prefixes(self, z, action):
-        known = z.shape[1]
-        return self(
-            z[:, -1:].expand(-1, action.shape[1] - known + 1, -1, -1), action[:, known - 1 :]
-        )
+        return self.step(z[:, -1:], action[:, :, z.shape[1] - 1 :])
+
+
+class PrefixOfAllPlans(MyPrefix):
+    def rollout_prefixes(self, z, action):
+        return super().rollout_prefixes(z, action.mean(1, keepdim=True).expand_as(action))
 
 
 class PrefixTooShort(MyPrefix):
     def rollout_prefixes(self, z, action):
-        return super().rollout_prefixes(z, action)[:, 1:]
+        return super().rollout_prefixes(z, action)[:, :, 1:]
+
+
+class PrefixBeyondItsSpan(MyPrefix):
+    span = 2
 
 
 @pytest.mark.parametrize(
@@ -155,7 +166,9 @@ class PrefixTooShort(MyPrefix):
         (PrefixOfOldLatent, "rollout_prefixes differs from calling the predictor at step 1"),
         (PrefixOfWholePlan, "rollout_prefixes shows an action of step 3 at step 2"),
         (PrefixOfLastAction, "rollout_prefixes ignores the action of step 2 at step 3"),
-        (PrefixTooShort, "rollout_prefixes returned (3, 3, 1, 4), expected (3, 4, 1, 4)"),
+        (PrefixOfAllPlans, "rollout_prefixes mixes plans"),
+        (PrefixTooShort, "rollout_prefixes returned (3, 1, 3, 1, 4), expected (3, 1, 4, 1, 4)"),
+        (PrefixBeyondItsSpan, "rollout_prefixes does not go on from the latent after its span"),
     ],
 )
 def test_broken_prefix_rollout_is_told_its_promise(predictor, promise):

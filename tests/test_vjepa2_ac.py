@@ -46,7 +46,7 @@ def test_prefixes_are_rolled_out_at_once():
     torch.nn.init.normal_(predictor.out.weight)
     model, batch = VJEPA2AC(encoder, predictor, rollout=3, distance="l2"), windows()
     output, z = model(batch, step=0), model.encode(batch["pixels"])
-    ahead = predictor.rollout_prefixes(z[:, :1], batch["action"][:, :3])
+    ahead = predictor.rollout_prefixes(z[:, :1], batch["action"][:, None, :3])[:, 0]
     torch.testing.assert_close(output.terms["rollout"], (ahead - z[:, 1:])[:, 1:].square().mean())
     output.loss.backward()
     gradient = predictor.positions.grad

@@ -46,7 +46,7 @@ def test_prefixes_of_one_start_are_learned_together(distance, power):
     predictor = PrefixPredictor(8, 2, span=FRAMES - 1, width=16, depth=1, heads=2)
     model, batch = make(predictor, distance=distance), windows()
     z, action = model.encode(batch["pixels"]), batch["action"]
-    ahead = predictor.rollout_prefixes(z[:, :1], action[:, :-1])
+    ahead = predictor.rollout_prefixes(z[:, :1], action[:, None, :-1])[:, 0]
     output = model(batch, step=0)
     error = (ahead - z[:, 1:]).abs().pow(power).mean()
     torch.testing.assert_close(output.terms["prediction"], error)
