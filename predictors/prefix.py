@@ -1,9 +1,9 @@
 """All latents ahead from the present one and the prefixes of the actions, in one call.
 
 z_{t+k} = z_t + f(z_t, a_t..a_{t+k-1}) for k = 1..span: nothing is fed back while planning. One
-transformer reads the present latent, once for all plans that begin there; another, narrower one
-reads the actions of each plan, causally, and looks at what the first makes of the latent. In the
-spirit of Fast-LeWM, where a causal transformer reads the actions alone
+transformer reads the present latent; a shallow, causal one then reads [latent, actions]. No token
+of the latent sees an action, so all that is made of the latent is made once for all plans that
+begin there. In the spirit of Fast-LeWM, where a causal transformer reads the actions alone
 (https://arxiv.org/abs/2606.26217).
 """
 
@@ -26,15 +26,16 @@ class PrefixPredictor(nn.Module):
     latent is seen, none before it. Plans longer than `span` go on from the latent at its end. The
     last layer starts at zero, so an untrained predictor copies the latent.
 
-    With the ratios below it has as many weights as an AdaLN transformer of this width and depth,
-    of which two thirds read the latent: a plan costs a step of the other third for each action.
+    A plan costs a token of the causal transformer for each action, and nothing more: with the
+    defaults, which have about as many weights as `adaln`, a third of the weights.
 
     Args:
         dim: Width of a latent token.
         action_dim: Width of an action.
         span: Actions of the longest prefix.
         width: Width of both transformers.
-        depth: Number of blocks of each.
+        depth: Blocks of the one that reads the latent.
+        action_depth: Blocks of the one that reads the actions.
         heads: Attention heads.
         mlp_ratio: Width of the hidden layers of the one that reads the latent, as a multiple of
             `width`.
@@ -60,23 +61,26 @@ class PrefixPredictor(nn.Module):
         span: int = 3,
         width: int = 128,
         depth: int = 3,
+        action_depth: int = 2,
         heads: int = 4,
         mlp_ratio: float = 4.0,
-        action_ratio: float = 1.0,
+        action_ratio: float = 2.0,
     ) -> None:
         super().__init__()
         self.span = span
         self.token_in = nn.Linear(dim, width)
         self.action_in = nn.Linear(action_dim, width)
         self.positions = nn.Parameter(0.02 * torch.randn(span, width))
-        self.present, self.ahead = (
-            nn.ModuleList(Block(width, heads, mlp_ratio=ratio) for _ in range(depth))
-            for ratio in (mlp_ratio, action_ratio)
+        self.present = nn.Sequential(
+            *(Block(width, heads, mlp_ratio=mlp_ratio) for _ in range(depth))
         )
-        self.token_norm, self.action_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.ahead = nn.ModuleList(
+            Block(width, heads, mlp_ratio=action_ratio) for _ in range(action_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         hidden = int(width * action_ratio)
         self.token_out = nn.Linear(width, hidden)
-        self.action_out = nn.Linear(width, hidden, bias=False)
+        self.prefix_out = nn.Linear(width, hidden, bias=False)
         self.out = nn.Linear(hidden, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -106,14 +110,14 @@ class PrefixPredictor(nn.Module):
     ) -> Float[Tensor, "b s k n d"]:
         """Return the latents after each prefix of at most `span` actions, for s plans of each z."""
         tokens, (samples, prefixes) = z.shape[1], action.shape[1:3]
-        latent = self.token_in(z)
+        latent = self.present(self.token_in(z))
         x = self.action_in(rearrange(action, "b s k a -> (b s) k a")) + self.positions[:prefixes]
         mask = x.new_ones(prefixes, tokens + prefixes, dtype=torch.bool).tril(tokens)
-        for present, ahead in zip(self.present, self.ahead, strict=True):
-            latent, seen = cast(Block, present).extend(latent, None)
+        for block in self.ahead:
+            latent, seen = cast(Block, block).extend(latent, None)
             key, value = (repeat(part, "b h n e -> (b s) h n e", s=samples) for part in seen)
-            x, _ = cast(Block, ahead).extend(x, (key, value), mask)
-        token = rearrange(self.token_out(self.token_norm(latent)), "b n w -> b 1 1 n w")
-        prefix = self.action_out(self.action_norm(x))
+            x, _ = cast(Block, block).extend(x, (key, value), mask)
+        token = rearrange(self.token_out(self.norm(latent)), "b n w -> b 1 1 n w")
+        prefix = self.prefix_out(self.norm(x))
         prefix = rearrange(prefix, "(b s) k w -> b s k 1 w", s=samples)
         return z[:, None, None] + self.out(F.silu(token + prefix))
