@@ -46,19 +46,21 @@ from jepa_world.methods.vjepa2_ac import VJEPA2AC
 from jepa_world.methods.world_model import WorldModel
 
 ROOT, DATA = Path(__file__).resolve().parents[1], Path("data/reach")
+TEN = "--frames 11 --batch-size 24 --predict.open-loop 10"
 ROWS = {  # frames times batch size is about the same for all: an encoder's share of a step is, too
     "mlp": "--predictor mlp",
     "mlp-teacher-forcing": "--predictor mlp --predict.open-loop 1",
-    "mlp-ten-steps": "--predictor mlp --frames 11 --batch-size 24 --predict.open-loop 10",
+    "mlp-ten": f"--predictor mlp {TEN}",
     "gru": "--predictor gru",
+    "gru-ten": f"--predictor gru {TEN}",
     "adaln": "--predictor adaln",
     "concat": "--predictor concat",
     "block_causal": "--predictor block_causal",
+    "block_causal-ten": f"--predictor block_causal {TEN}",
     "prefix": "--predictor prefix",
     "prefix-five": "--predictor prefix --predictor.span 5 --frames 6 --batch-size 42 "
     "--predict.open-loop 5",
-    "prefix-ten": "--predictor prefix --predictor.span 10 --frames 11 --batch-size 24 "
-    "--predict.open-loop 10",
+    "prefix-ten": f"--predictor prefix --predictor.span 10 {TEN}",
 }
 RECIPE = ["--config", str(ROOT / "configs" / "world_reach.yaml"), "--precision", "no"]
 RECIPE += ["--predict.open-loop", "3"]

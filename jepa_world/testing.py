@@ -399,7 +399,10 @@ def _check_prefixes(prefix: PrefixRollout, predictor: nn.Module, z: Tensor, acti
             late = step + 1 + int((~moved[step:]).nonzero()[0])
             raise ContractError(f"{name} ignores the action of step {step + 1} at step {late}")
     if prefix.span < future.shape[1]:
-        reached, rest = future[:, prefix.span - 1 : prefix.span], action[:, known - 1 + prefix.span :]
+        reached, rest = (
+            future[:, prefix.span - 1 : prefix.span],
+            action[:, known - 1 + prefix.span :],
+        )
         onward = _roll(name, prefix.rollout_prefixes, reached, rest[:, None])[:, 0]
         if bool(_gap(onward, future[:, prefix.span :]).any()):
             raise ContractError(f"{name} does not go on from the latent after its span of steps")

@@ -91,6 +91,23 @@ def test_a_step_of_the_model_may_be_several_of_the_environment(
     assert "--budget is 2: the model's steps are 3 each" in call("plan", *words).complaint()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flags_of_prediction_reach_the_loss(
+    frozen, call, tiny_data, tiny_run, tiny_words, tmp_path
+):
+    words = ("--data", tiny_data, *tiny_words, "--seed", 3)
+    words += ("--frozen", tiny_run) if frozen else ()
+    losses = set()
+    for number, flags in enumerate(
+        [(), ("--predict.open-loop", 1), ("--predict.distance", "l1" if not frozen else "l2")]
+    ):
+        run = tmp_path / str(number)
+        ended = call("train_world_model", *words, *flags, "--run-dir", run)
+        assert ended.code == 0, ended.stderr
+        losses.add(json.loads((run / "results.json").read_text())["loss"])
+    assert len(losses) == 3
+
+
 @pytest.mark.parametrize("steps", [0, 4])
 def test_more_steps_than_a_window_has_are_refused(steps, call, tiny_data, tmp_path):
     words = ("--data", tiny_data, "--predict.open-loop", steps, "--run-dir", tmp_path / "run")
