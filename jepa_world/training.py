@@ -82,6 +82,7 @@ def train(
     run_dir: Path,
     evaluate: Evaluate | None = None,
     workers: int = 0,
+    patience: float = 0.0,
 ) -> dict[str, float]:
     """Train a method, a module `(batch, step) -> Output`, and leave its checkpoint in `run_dir`.
 
@@ -95,6 +96,7 @@ def train(
         run_dir: Receives `metrics.jsonl` and `checkpoint/`; resumed from, if asked.
         evaluate: Runs on all processes, in evaluation mode, before a checkpoint.
         workers: Processes that read batches ahead; with 0, batches are read when they are needed.
+        patience: Seconds to wait for a batch of theirs; 0 is for ever.
 
     Returns:
         The last line of the log.
@@ -102,6 +104,7 @@ def train(
     Raises:
         UserError: the batch does not divide, the loss is not finite, the checkpoint does not fit,
             or a batch cannot be read.
+        RuntimeError: a process that reads died or hangs, as torch says it.
     """
     share = own_share(config.batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
@@ -109,7 +112,7 @@ def train(
     first = _load_training(run_dir, method, optimizer, accelerator) if config.resume else 0
     model, prepared = accelerator.prepare(method, optimizer)
     log = _Log(run_dir, first, accelerator)
-    batches = _batches(_Batches(read, num_samples, config, share), first, workers)
+    batches = _batches(_Batches(read, num_samples, config, share), first, workers, patience)
     for step in _progress(first, config.steps, accelerator):
         set_seed(_step_seed(config.seed, step))
         for group in optimizer.param_groups:
@@ -281,24 +284,21 @@ class _Batches(Dataset[dict[str, Tensor] | UserError]):
             return error
 
 
-def _batches(batches: _Batches, first: int, workers: int) -> Iterator[dict[str, Tensor]]:
+def _batches(
+    batches: _Batches, first: int, workers: int, patience: float
+) -> Iterator[dict[str, Tensor]]:
     """Yield the batches of all steps from `first` on, in order.
 
     Raises:
-        UserError: a batch cannot be read, or a worker died.
+        UserError: a batch cannot be read.
     """
     steps = range(first, batches.config.steps)
     own = torch.Generator()  # the loader draws from it, not from what steps draw from
-    loader = DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, generator=own)
-    try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a process that reads data died: {error}; try fewer --workers") from error
+    how = {"num_workers": workers, "timeout": patience if workers else 0, "generator": own}
+    for batch in DataLoader(batches, batch_size=None, sampler=steps, **how):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 @lru_cache(maxsize=2)
