@@ -63,6 +63,9 @@ class TransformersEncoder(nn.Module):
         super().__init__()
         library = _library("transformers")
         settings = dict(_setting(option) for option in options)
+        for name, value in settings.items():  # other words name code on the web
+            if name.endswith("_implementation") and value not in ("eager", "sdpa", None):
+                raise ValueError(f"{name} is {value!r}: choose eager or sdpa")
         channels, side = observation_shape[1], resize or observation_shape[2]
         sizes = {"num_channels": channels, "image_size": side}
         if model == "VJEPA2":

@@ -7,17 +7,25 @@ last good one. `training.safetensors` holds all that a resumed run needs, in one
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
-from jepa_world.registry import UserError
+from jepa_world.config import Part, part_from_dict
+from jepa_world.registry import UserError, class_path, require_trust
+
+LARGEST_OBSERVATION = 2**27  # numbers: 64 frames of 3 x 768 x 768 are fewer
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -100,11 +108,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, facts
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except FileNotFoundError:
         raise UserError(f"no checkpoint file {str(path)!r}; train one, or name another") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except _DAMAGES as error:
         raise UserError(f"checkpoint file {str(path)!r} is damaged: {error}") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"checkpoint file {str(path)!r} is damaged: its facts are {facts!r}")
+    return tensors, facts
+
+
+_DAMAGES = (SafetensorError, OSError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -119,7 +133,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load named tensors into a module, strictly; `source` is named in errors."""
-    own = module.state_dict()
+    own, parameters = module.state_dict(), dict(module.named_parameters())
     different = sorted(own.keys() ^ tensors.keys())
     if different:
         missing = "lacks" if different[0] in own else "holds unknown"
@@ -131,6 +145,12 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
         if tensor.shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
             raise UserError(f"{source!r}: {name!r} is {shapes}: another model")
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise UserError(
+                f"{source!r}: {name!r} is {tensor.dtype}, the model's {own[name].dtype}"
+            )
+        if name in parameters and not bool(tensor.isfinite().all()):
+            raise UserError(f"{source!r}: {name!r} holds numbers that are not finite: damaged")
     module.load_state_dict(tensors)
 
 
@@ -147,15 +167,87 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"no checkpoint in {str(path)!r}: it {what}; give a run folder")
 
 
-def require_trust(class_path: str, trusted: tuple[str, ...]) -> None:
-    """Refuse a class path from a checkpoint that lies outside jepa_world and is not trusted.
+def observation_shape(description: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Return the `(t, c, hh, ww)` that a checkpoint's `config.yaml` gives.
 
     Raises:
-        UserError: naming the flag that grants the import.
+        UserError: it gives none, or one that no camera has.
     """
-    package = class_path.partition(":")[0].partition(".")[0]
-    if ":" in class_path and package not in ("jepa_world", *trusted):
+    given = description.get("observation_shape")
+    sizes = given if isinstance(given, list) else []
+    if len(sizes) != 4 or not all(type(size) is int and size > 0 for size in sizes):
         raise UserError(
-            f"the checkpoint names {class_path!r}: importing it runs its code;"
-            f" if you trust it, add --trust {package}"
+            f"the checkpoint gives the observation_shape {given!r}: expected [t, c, h, w]"
         )
+    if math.prod(sizes) > LARGEST_OBSERVATION:
+        raise UserError(f"the checkpoint gives the observation_shape {given}: too large to be true")
+    frames, channels, rows, columns = sizes
+    return frames, channels, rows, columns
+
+
+def build_part(
+    description: Mapping[str, Any], kind: str, *facts: Any, file: Path, trusted: tuple[str, ...]
+) -> Any:
+    """Build a part as a checkpoint's `config.yaml` describes it, no larger than its weights.
+
+    Args:
+        description: Holds the name and the options of the part at `kind`.
+        kind: `encoder`, `predictor`, ...
+        facts: What its class is given besides.
+        file: The weights: a part of the package with more numbers than it holds is not built.
+        trusted: Packages outside jepa_world whose classes may be imported.
+
+    Raises:
+        UserError: no such part, one that is not trusted, cannot be built, or is too large.
+    """
+    part = described_part(description, kind)
+    where = class_path(kind, part.name)
+    require_trust("the checkpoint", where, trusted)
+    if where.startswith("jepa_world."):  # the code of others may not run without memory
+        with _within(file):
+            part.build(kind, *facts)
+    return part.build(kind, *facts)
+
+
+def described_part(description: Mapping[str, Any], kind: str) -> Part:
+    """Return the part that a checkpoint's `config.yaml` describes at `kind`.
+
+    Raises:
+        UserError: there is none.
+    """
+    values = description.get(kind)
+    if not (isinstance(values, dict) and isinstance(values.get("name"), str)):
+        raise UserError(f"the checkpoint describes no {kind}, but {values!r:.80}")
+    return part_from_dict(values)
+
+
+@contextmanager
+def _within(file: Path) -> Iterator[None]:
+    """Build without memory, and stop at more numbers than a file holds (tied ones count again)."""
+    left = 4 * _numbers(file) + 2**26  # tables of positions are not in the file
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal left
+        left -= 1 if tensor is None else 1 + tensor.numel()
+        if left < 0:
+            raise ValueError(f"it is many times larger than the weights in {str(file)!r}")
+
+    hooks = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _numbers(file: Path) -> int:
+    """Count the numbers in a safetensors file from its header."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())
+    except _DAMAGES as error:
+        raise UserError(f"checkpoint file {str(file)!r} is damaged: {error}") from error

@@ -5,13 +5,17 @@ both. A field of type `Part` is a swappable component: `--predictor my_pkg.my_mo
 chooses the class, and every keyword-only argument of its constructor becomes a flag
 (`--predictor.width 512`). `--encoder runs/x` is the trained encoder of a run: its class and its
 options, and `--frozen runs/x`; a folder of transformers, `--encoder models/dinov2`, is as good.
+
+A file is not the user: a class outside the package that it names is imported only where the command
+line names its package too, by `--trust my_pkg` or by a part of its own.
 """
 
 import dataclasses
 import inspect
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +25,7 @@ import docstring_parser
 import tyro
 import yaml
 
-from jepa_world.registry import UserError, class_path, load_class
+from jepa_world.registry import PARTS, UserError, class_path, load_class, require_trust
 
 C = TypeVar("C")
 
@@ -101,7 +105,10 @@ def parse(config_class: type[C], arguments: Sequence[str], *, program: str) -> C
         UserError: unknown flag or key (the nearest is named), wrong type, unreadable file.
         SystemExit: with code 0 after `--help`.
     """
-    expanded = _join(_layers(list(arguments)), _part_fields(config_class))
+    *files, own = _layers(list(arguments))
+    if "trust" not in {item.name for item in dataclasses.fields(cast(Any, config_class))}:
+        own = _drop_options(own, "--trust")  # such a command reads no checkpoint of others
+    expanded = _join([*files, own], _part_fields(config_class))
     concrete = _with_part_options(config_class, expanded)
     errors = io.StringIO()
     try:
@@ -155,15 +162,46 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UserError: the file is missing, is not YAML, or holds something else than a mapping.
+        UserError: the file is missing, is large, is not YAML, uses aliases (a short file can stand
+            for more values than there is memory), or holds something else than a mapping.
     """
+    text = _read(path, LARGEST_YAML)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        line = " ".join(str(error).split())
+        values = yaml.load(text.decode(), _PlainLoader)  # a safe loader
+    except Exception as error:  # PyYAML has errors of every kind for what nobody writes
+        line = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{str(path)!r} is not a YAML file: {line}") from error
+    return _mapping(values, path)
+
+
+LARGEST_YAML, LARGEST_JSON = 2**18, 2**24  # bytes: PyYAML takes seconds for so many
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values, each written where it stands."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it uses an alias (*name): write the value out")
+        return super().compose_node(parent, index)
+
+
+def _read(path: Path, most: int) -> bytes:
+    """Return the content of a file of a size that is read in no time."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:  # a name may be none
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read {str(path)!r}: {reason}") from error
+    if len(content) > most:
+        raise UserError(
+            f"{str(path)!r} has more than {most} bytes: no description of anything here"
+        )
+    return content
+
+
+def _mapping(values: Any, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} holds {type(values).__name__}, expected keys and values")
     return cast(dict[str, Any], values)
@@ -176,12 +214,10 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is not JSON, or holds something else than an object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(_read(path, LARGEST_JSON))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{str(path)!r} holds {type(values).__name__}, expected keys and values")
-    return cast(dict[str, Any], values)
+    return _mapping(values, path)
 
 
 def part_from_dict(values: dict[str, Any]) -> Part:
@@ -216,14 +252,38 @@ def _layers(arguments: list[str]) -> list[list[str]]:
     if "--resume" in rest and "--run-dir" in rest[:-1]:
         saved = Path(rest[rest.index("--run-dir") + 1]) / "config.yaml"
         files.extend([saved] if saved.is_file() else [])
-    return [*(_file_flags(file) for file in files), rest]
+    trusted = _trusted(rest)
+    return [*(_file_flags(file, trusted) for file in files), rest]
 
 
-def _file_flags(file: Path) -> list[str]:
-    try:
-        return _flags(read_yaml(file), "--")
-    except RecursionError:
-        raise UserError(f"{str(file)!r}: something in it refers to itself") from None
+def _file_flags(file: Path, trusted: list[str]) -> list[str]:
+    """Return the flags that a file holds.
+
+    Raises:
+        UserError: a key is no flag, a value is one, or a class it names is not trusted.
+    """
+    words = _flags_of(file, read_yaml(file), "--")
+    for flag, word in _classes(words):
+        if flag == "--trust":
+            raise UserError(f"{str(file)!r} sets --trust: that is for the command line alone")
+        require_trust(repr(str(file)), word, trusted)
+    return words
+
+
+def _trusted(words: list[str]) -> list[str]:
+    """Return the packages that a command line names: behind --trust, and of its own parts."""
+    return [re.split("[.:]", word)[0] for flag, word in _classes(words)]
+
+
+def _classes(words: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the words that stand for code, `package.module:Name`, and what --trust names."""
+    flags = {_part_flag(kind) for kind in (*PARTS, "env")}
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag = word.removesuffix(".name")
+        elif flag == "--trust" or (flag in flags and ":" in word):
+            yield flag, word.partition("=")[0]
 
 
 def _split_equals(arguments: list[str]) -> list[str]:
@@ -238,10 +298,23 @@ def _split_equals(arguments: list[str]) -> list[str]:
     return words
 
 
+def _flags_of(file: Path, values: dict[str, Any], prefix: str) -> list[str]:
+    """Write the keys and values that a file holds as the words of a command line.
+
+    Raises:
+        UserError: a key is no flag, or a value is one.
+    """
+    try:
+        return _flags(values, prefix)
+    except ValueError as error:
+        raise UserError(f"{str(file)!r} {error}") from error
+
+
 def _flags(values: dict[str, Any], prefix: str) -> list[str]:
-    """Write the keys and values of a YAML mapping as the words of a command line."""
     words: list[str] = []
     for key, value in values.items():
+        if not re.fullmatch(r"[A-Za-z_][\w.-]*", str(key)):
+            raise ValueError(f"has the key {key!r}, which is no flag")
         flag = prefix + str(key).replace("_", "-")
         if isinstance(value, dict):
             words.extend(_flags(cast(dict[str, Any], value), flag + "."))
@@ -250,7 +323,7 @@ def _flags(values: dict[str, Any], prefix: str) -> list[str]:
         elif isinstance(value, list):
             words.extend([flag, *_words(cast(list[Any], value))])
         else:
-            words.extend([flag, str(value)])
+            words.extend([flag, *_words([value])])
     return words
 
 
@@ -259,6 +332,9 @@ def _words(values: list[Any]) -> list[str]:
     words: list[str] = []
     for value in values:
         words.extend(_words(cast(list[Any], value)) if isinstance(value, list) else [str(value)])
+    for word in words:
+        if word.startswith("--") or "\0" in word:
+            raise ValueError(f"has the value {word!r}, which is a flag or no text")
     return words
 
 
@@ -292,10 +368,12 @@ def _saved_parts(words: list[str], parts: dict[str, Part]) -> list[str]:
         kind = written[-1].lstrip("-").replace("-", "_") if written else ""
         if kind in parts and (Path(word) / "checkpoint" / "config.yaml").is_file():
             flag = written.pop()
-            written += [*_flags(_saved_part(Path(word), kind), f"{flag}."), "--frozen", word]
+            saved = _saved_part(Path(word), kind)
+            written += [*_flags_of(Path(word), saved, f"{flag}."), "--frozen", word]
         elif kind == "encoder" and (Path(word) / "config.json").is_file():
             flag = written.pop()
-            written += [*_flags(_foreign_encoder(Path(word)), f"{flag}."), "--frozen", word]
+            described = _foreign_encoder(Path(word))
+            written += [*_flags_of(Path(word), described, f"{flag}."), "--frozen", word]
         else:
             written.append(word)
     return written
@@ -308,9 +386,9 @@ def _saved_part(run: Path, kind: str) -> dict[str, Any]:
         UserError: the checkpoint has no such part, or one from outside the package.
     """
     part = read_yaml(run / "checkpoint" / "config.yaml").get(kind)
-    if not (isinstance(part, dict) and "name" in part):
+    if not (isinstance(part, dict) and isinstance(part.get("name"), str)):
         raise UserError(f"the checkpoint in {str(run)!r} describes no {kind}")
-    where = class_path(kind, str(cast(dict[str, Any], part)["name"]))
+    where = class_path(kind, cast(dict[str, Any], part)["name"])
     if not where.startswith("jepa_world."):  # only the user's own word imports it
         flag = _part_flag(kind)
         raise UserError(
@@ -327,8 +405,8 @@ def _foreign_encoder(folder: Path) -> dict[str, Any]:
         UserError: a file that is not of transformers.
     """
     described = read_json(folder / "config.json")
-    names = cast(list[Any], described.get("architectures") or [])
-    if len(names) != 1 or not str(names[0]).endswith("Model"):
+    names = described.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not str(names[0]).endswith("Model"):
         raise UserError(
             f"{str(folder / 'config.json')!r} describes {names}, expected one encoder: "
             "transformers' folder of a model alone, such as Dinov2Model"

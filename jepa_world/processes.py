@@ -5,7 +5,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from jepa_world.registry import UserError
@@ -86,18 +90,41 @@ def map_in_processes(
         workers: Number of processes; 0 is one for every core.
 
     Raises:
-        BrokenProcessPool: a process died.
+        ProcessDied: a process died; its `items` are those that were being worked on.
     """
     workers = min(workers or os.cpu_count() or 1, len(items))
     if workers <= 1:
         yield from map(work, items)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
+    with TemporaryDirectory() as notes:
+        pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
+        try:
+            yield from pool.map(partial(_noted, work, Path(notes)), enumerate(items))
+        except BrokenProcessPool as error:
+            numbers = sorted(int(note.name) for note in Path(notes).iterdir())
+            raise ProcessDied([items[number] for number in numbers]) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class ProcessDied(BrokenProcessPool):
+    """A process died while it worked on one of these items."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        super().__init__(f"a process died while it worked on one of {len(items)}")
+        self.items = items
+
+
+def _noted(work: Callable[[Item], Result], notes: Path, numbered: tuple[int, Item]) -> Result:
+    """Do the work, and leave a note of its number until it is done."""
+    number, item = numbered
+    note = notes / str(number)
+    note.touch()
     try:
-        yield from pool.map(work, items)
+        return work(item)
     finally:
-        pool.shutdown(cancel_futures=True)
+        note.unlink()
 
 
 def _end_with_parent() -> None:

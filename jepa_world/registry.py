@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +77,25 @@ def class_path(kind: str, name: str) -> str:
         hint = did_you_mean(name, list(known))
         raise UserError(f"unknown {kind} {name!r}{hint}; or give package.module:Name")
     return known[name]
+
+
+def require_trust(source: str, class_path: str, trusted: Sequence[str]) -> None:
+    """Refuse a class path that a file names, lies outside jepa_world and is not trusted.
+
+    Args:
+        source: The file, as the error calls it.
+        class_path: `package.module:Name`; short names are always trusted.
+        trusted: Packages that the user has named on the command line.
+
+    Raises:
+        UserError: naming the flag that grants the import.
+    """
+    package = class_path.partition(":")[0].partition(".")[0]
+    if ":" in class_path and package not in ("jepa_world", *trusted):
+        raise UserError(
+            f"{source} names {class_path!r}: importing it runs its code;"
+            f" if you trust it, add --trust {package}"
+        )
 
 
 def load_class(kind: str, name: str) -> type:

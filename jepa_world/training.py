@@ -111,6 +111,7 @@ def train(
     run_dir: Path,
     evaluate: Evaluate | None = None,
     workers: int = 0,
+    patience: float = 0.0,
 ) -> dict[str, float]:
     """Train a method, a module `(batch, step) -> Output`, and leave its checkpoint in `run_dir`.
 
@@ -124,6 +125,7 @@ def train(
         run_dir: Receives `metrics.jsonl` and `checkpoint/`; resumed from, if asked.
         evaluate: Runs on all processes, in evaluation mode, before a checkpoint.
         workers: Processes that read batches ahead; with 0, batches are read when they are needed.
+        patience: Seconds to wait for a batch of theirs; 0 is for ever.
 
     Returns:
         The last line of the log.
@@ -133,6 +135,7 @@ def train(
             in a row than may be skipped, the checkpoint does not fit or cannot be written, or a
             batch cannot be read.
         Stopped: SIGTERM came; the step was finished, and a checkpoint written.
+        RuntimeError: a process that reads died or hangs, as torch says it.
     """
     share = own_share(config.batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
@@ -141,7 +144,7 @@ def train(
     state = checkpoints.load() if config.resume else _State()
     model, prepared = accelerator.prepare(method, optimizer)
     log = _Log(run_dir, state.step, accelerator)
-    batches = _batches(_Batches(read, num_samples, config, share), state.step, workers)
+    batches = _batches(_Batches(read, num_samples, config, share), state.step, workers, patience)
     with _noticing_termination() as asked:
         for step in _progress(state.step, config.steps, accelerator):
             set_seed(_step_seed(config.seed, step))
@@ -400,12 +403,12 @@ class _Batches(Dataset[dict[str, Tensor] | UserError]):
 
 
 def _batches(
-    batches: _Batches, first: int, workers: int
+    batches: _Batches, first: int, workers: int, patience: float
 ) -> Generator[dict[str, Tensor], None, None]:
     """Yield the batches of all steps from `first` on, in order.
 
     Raises:
-        UserError: a batch cannot be read, or a worker died.
+        UserError: a batch cannot be read.
     """
     steps = range(first, batches.config.steps)
     own = torch.Generator()  # the loader draws from it, not from what steps draw from
@@ -414,18 +417,14 @@ def _batches(
         batch_size=None,
         sampler=steps,
         num_workers=workers,
+        timeout=patience if workers else 0,
         generator=own,
         worker_init_fn=_ignore_termination,
     )
-    try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a process that reads data died: {error}; try fewer --workers") from error
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 @lru_cache(maxsize=2)

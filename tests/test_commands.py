@@ -284,7 +284,7 @@ def test_a_number_that_is_not_finite_ends_in_one_line(refuses, copy_of, tiny_dat
         stored = file[column]
         assert isinstance(stored, h5py.Dataset)
         stored[17] = np.nan
-    message = f"{column} is not finite in episode 1, row 4"
+    message = rf"episode 1 \({column} is not finite in row 4\)"
     refuses(message, "train_world_model", "--data", folder)
 
 

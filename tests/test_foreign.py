@@ -224,7 +224,7 @@ def test_a_folder_that_is_not_of_one_encoder_is_refused(tmp_path):
             parse(TrainWorldModel, ["--encoder", str(tmp_path)], program="train_world_model")
         return str(error.value)
 
-    assert "describes [], expected one encoder" in refused("{}")
+    assert "describes None, expected one encoder" in refused("{}")
     assert "describes ['BertForMaskedLM'], expected" in refused(
         '{"architectures": ["BertForMaskedLM"]}'
     )

@@ -121,10 +121,14 @@ def test_a_wide_transparent_picture_is_cut_in_the_middle_and_lies_on_white(tmp_p
 def test_few_damaged_pictures_are_skipped_and_named_and_many_are_refused(picture_folder):
     (picture_folder / "red" / "3.png").write_bytes(TREE["red/0.png"][:60])
     (picture_folder / "red" / "4.png").write_bytes(png("red", size=(4, 30)))
-    train, test = load_images(picture_folder, damaged=0.1)
+    train, test = load_images(picture_folder, bad_share=0.1)
     assert len(train) + len(test) == 18
-    assert "red/3.png" in train.skipped[0] and "4 x 30 pixels, fewer than 8" in train.skipped[1]
-    with pytest.raises(UserError, match=r"2 of 20 pictures .* cannot be used, more than 1%: red/3"):
+    assert list(train.skipped.reasons) == ["red/3.png", "red/4.png"]
+    assert "4 x 30 pixels, fewer than 8" in train.skipped.reasons["red/4.png"]
+    (picture_folder / "red" / "5.png").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"3 of 20 pictures .* cannot be used, more than 1.*: red/3"
+    ):
         load_images(picture_folder)
 
 
@@ -169,5 +173,5 @@ def test_a_picture_of_too_many_pixels_is_skipped_and_named(tmp_path, monkeypatch
         size = (20 + 60 * number, 20)
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    training, _ = load_images(tmp_path, size=16, damaged=0.9)
-    assert len(training) == 1 and "1.png" in training.skipped[0] and "bomb" in training.skipped[0]
+    training, _ = load_images(tmp_path, size=16, bad_share=0.9)
+    assert len(training) == 1 and "bomb" in training.skipped.reasons["1.png"]

@@ -60,10 +60,13 @@ def test_a_dataset_that_training_refuses_is_shown_with_the_reason(inspect, tmp_p
         actions = file["data/demo_2/actions"]
         assert isinstance(actions, h5py.Dataset)
         actions[1:3, 0] = np.nan
+        other = file["data/demo_4/actions"]
+        assert isinstance(other, h5py.Dataset)
+        other[0] = np.nan
     stdout, results, sheet = inspect(path)
-    assert results["columns"]["actions"]["rows_not_finite"] == 2
+    assert results["columns"]["actions"]["rows_not_finite"] == 3
     assert np.isfinite(results["columns"]["actions"]["mean"]).all() and sheet.exists()
-    assert "would refuse it: " in stdout and "actions is not finite in episode 2, row 1" in stdout
+    assert "would refuse it: " in stdout and "episode 2 (actions is not finite in row 1)" in stdout
 
 
 def test_a_dataset_without_pictures_has_no_contact_sheet(inspect, tmp_path):

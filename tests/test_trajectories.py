@@ -195,8 +195,11 @@ def changed(name, row, value):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (changed("action", (6, 1), np.nan), "action is not finite in episode 1, row 1"),
-        (changed("state", 17, np.inf), "state is not finite in episode 3, row 0"),
+        (
+            changed("action", (6, 1), np.nan),
+            r"1 of 4 episodes .*: episode 1 \(action is not finite in row 1\)",
+        ),
+        (changed("state", 17, np.inf), r"episode 3 \(state is not finite in row 0\)"),
         ({"action": None}, "no column 'action'; columns there: pixels, state"),
         ({"ep_len": None}, "HDF5 of no layout known here: it has action, .*; expected ep_len"),
         (

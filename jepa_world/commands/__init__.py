@@ -52,6 +52,9 @@ def main(command: str | None = None) -> None:
     except Stopped as stop:
         print(f"{command}: {stop}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None
+    except MemoryError:
+        print(f"{command}: there is not enough memory for that", file=sys.stderr)
+        raise SystemExit(2) from None
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None

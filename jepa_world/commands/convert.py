@@ -5,7 +5,6 @@ interrupted conversion continues where it stopped; a file for LeWorldModel is wh
 """
 
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from jepa_world.data.trajectories import (
     write_shard,
     write_store,
 )
-from jepa_world.processes import map_in_processes
+from jepa_world.processes import ProcessDied, map_in_processes
 from jepa_world.registry import UserError
 
 _NOT_SETTINGS = ("data", "to", "workers", "columns")
@@ -71,10 +70,11 @@ def run(config: Convert) -> None:
             _write_folder(config, data, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}") from error
-    except BrokenProcessPool as error:
+    except ProcessDied as error:
+        numbers = ", ".join(map(str, error.items))
         raise UserError(
-            f"a process died (out of memory?); run again to continue in {target}, perhaps with "
-            "--workers 1"
+            f"a process died at one of the episodes {numbers} (out of memory?); run again to "
+            f"continue in {target}, perhaps with --workers 1"
         ) from error
     finally:
         _open.cache_clear()
@@ -154,6 +154,7 @@ def _open(config: Convert) -> Trajectories:
         pixels=config.columns.pixels,
         action=config.columns.action,
         cache_bytes=0,
+        bad_share=0,  # what is converted is whole
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import jepa_world
 from jepa_world.commands import use_one_thread
 from jepa_world.config import Part, to_dict
+from jepa_world.data.files import BAD_SHARE
 from jepa_world.data.images import Images, hold_out, load_images
 from jepa_world.interfaces import Encoder
 from jepa_world.probes import factor_r2, image_features, knn_probe, linear_probe
@@ -29,6 +30,8 @@ class ImageTraining(Training):
     """`shapes` (generated), a folder of idx files, or a folder or tar of pictures."""
     image_size: int = 64
     """Side in pixels that pictures of folders and tars are brought to."""
+    bad_share: float = BAD_SHARE
+    """Of the pictures that may be unreadable; in small sets a tenth may be, and ten."""
     encoder: Part = Part("vit")
     """Maps images to features or tokens."""
 
@@ -57,7 +60,7 @@ def train_on_images(
         accumulate=config.loop.accumulate,
         compile=config.loop.compile,
     )
-    whole, test = load_images(config.data, size=config.image_size)
+    whole, test = load_images(config.data, size=config.image_size, bad_share=config.bad_share)
     training, held_out = hold_out(whole)
     rows, columns, channels = whole.pixels.shape[1:]
     description = own | {
@@ -74,7 +77,7 @@ def train_on_images(
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
     if whole.skipped:
-        accelerator.print(f"{len(whole.skipped)} files skipped: {', '.join(whole.skipped[:5])}")
+        accelerator.print(whole.skipped.summary())
 
     def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
         pixels = torch.from_numpy(training.pixels[index])
@@ -92,7 +95,7 @@ def train_on_images(
         probed = beside_a_random_encoder(method, random, whole, test)
         if draw is not None:
             draw(made.folder, method, held_out)
-        made.finish({**last, "seed": config.seed, "probe": probed})
+        made.finish({**last, "seed": config.seed, "probe": probed, **whole.skipped.results()})
 
 
 def quick_probe(

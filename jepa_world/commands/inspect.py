@@ -109,7 +109,8 @@ def _verdict(config: Inspect) -> str:
         data = Trajectories(config.data, pixels=named.pixels, action=named.action, cache_bytes=0)
     except UserError as error:
         return f"train_world_model would refuse it: {error}"
-    return f"train_world_model reads {data.origin}"
+    left_out = f"; {data.skipped.summary()}" if data.skipped else ""
+    return f"train_world_model reads {data.origin}{left_out}"
 
 
 def _strips(tables: Sequence[Table], chosen: str | None, config: Inspect) -> list[Strip]:

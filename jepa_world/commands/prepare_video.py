@@ -7,7 +7,6 @@ run continues where it stopped.
 """
 
 from collections import Counter
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from jepa_world.config import read_yaml, require_at_least, to_dict
 from jepa_world.data.reencoding import Job, Outcome, attempt
 from jepa_world.data.video import SUFFIXES
-from jepa_world.processes import map_in_processes
+from jepa_world.processes import ProcessDied, map_in_processes
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
 
@@ -125,9 +124,11 @@ def _encode_all(config: PrepareVideo, todo: list[Job], total: int) -> list[Outco
                 progress.update()
     except OSError as error:
         raise UserError(f"a video cannot be written: {error}; run again to continue") from error
-    except BrokenProcessPool as error:
+    except ProcessDied as error:
+        names = ", ".join(str(job.source) for job in error.items)
         raise UserError(
-            "a process died (out of memory?); run again to continue, perhaps with --workers 1"
+            f"a process died while it encoded one of {names} (a file that crashes the decoder, or "
+            "out of memory?): take it out, or run again with --workers 1, to continue"
         ) from error
     return outcomes
 

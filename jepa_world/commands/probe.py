@@ -12,9 +12,16 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state, require_trust
+from jepa_world.checkpoint import (
+    build_part,
+    described_part,
+    encoder_weights,
+    find_checkpoint,
+    load_state,
+    observation_shape,
+)
 from jepa_world.commands import use_one_thread
-from jepa_world.config import Part, part_from_dict, read_yaml, require_at_least
+from jepa_world.config import Part, read_yaml, require_at_least
 from jepa_world.data.augmentation import Augmentation, random_numbers
 from jepa_world.data.images import Images, hold_out, load_images
 from jepa_world.evaluation import Rate
@@ -31,7 +38,7 @@ from jepa_world.probes import (
     linear_probe,
     whiten,
 )
-from jepa_world.registry import UserError, class_path
+from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.training import Training, make_accelerator, train
 
@@ -119,19 +126,16 @@ def load_encoder(
     """
     folder = find_checkpoint(path)
     description = read_yaml(folder / "config.yaml")
-    if "encoder" not in description or "observation_shape" not in description:
-        raise UserError(f"{str(folder)!r} describes no encoder and the images it is for")
-    own = tuple(description["observation_shape"])
+    own = observation_shape(description)
     if own[1:] != shape[1:] or shape[0] % own[0]:
         raise UserError(
             f"{str(folder)!r} takes {own} (frames, channels, rows, columns), the data has {shape}: "
             "give its --data, or another size"
         )
-    part = part_from_dict(description["encoder"])
-    require_trust(class_path("encoder", part.name), trusted)
-    encoder = part.build("encoder", own)
+    file = folder / "model.safetensors"
+    encoder = build_part(description, "encoder", own, file=file, trusted=trusted)
     load_state(encoder, *encoder_weights(folder))
-    return encoder.eval(), part
+    return encoder.eval(), described_part(description, "encoder")
 
 
 def baselines(

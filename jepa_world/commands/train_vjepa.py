@@ -16,6 +16,7 @@ from jepa_world.commands import use_one_thread
 from jepa_world.commands.train_ijepa import MOMENTUM, check_objective
 from jepa_world.config import Part, require_at_least, to_dict
 from jepa_world.data.clips import Clips, hold_out, load_clips
+from jepa_world.data.files import BAD_SHARE, naming_lost_readers
 from jepa_world.data.images import Images, load_images
 from jepa_world.data.motion import letters, write_motion_clips
 from jepa_world.interfaces import Encoder
@@ -53,6 +54,10 @@ class ClipFlags:
     """Decode all videos once and keep them in memory, for sets that fit."""
     workers: int = 0
     """Processes that read and decode ahead."""
+    patience: float = 600.0
+    """Seconds without a batch of theirs after which they are taken to hang."""
+    bad_share: float = BAD_SHARE
+    """Of the videos that may be unreadable; in small sets a tenth may be, and ten."""
     images: Path | None = None
     """Images for every fourth step, as train_ijepa takes them: joint training."""
 
@@ -118,11 +123,10 @@ def run(config: TrainVjepa) -> None:
     if accelerator.is_main_process and config.data == DEFAULT:
         write_default(config.data)
     accelerator.wait_for_everyone()
-    whole, test = load_parts(config.data)
+    whole, test = load_parts(config.data, config.clips.bad_share)
     small = config.data == DEFAULT and not config.clips.stages
     if config.clips.cache or small:
         whole, test = (part.cached(size=config.clips.size) for part in (whole, test))
-    training, held_out = hold_out(whole)
     images = config.clips.images and load_images(config.clips.images, size=config.clips.size)[0]
 
     shape = (config.clips.frames, 3, config.clips.size, config.clips.size)
@@ -131,27 +135,34 @@ def run(config: TrainVjepa) -> None:
     method = checked_vjepa(description, shape)
     if config.start is not None:
         start_from(method, config.start)
+    training, held_out = hold_out(whole)
     begin(made, config, description, len(training), accelerator)
+    training, held_out = (part.noting(made.folder) for part in (training, held_out))
     accelerator.print(
         f"{len(training)} videos, {sum(p.numel() for p in method.parameters()):,} parameters, "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
     if whole.skipped:
-        accelerator.print(f"{len(whole.skipped)} files skipped: {', '.join(whole.skipped[:5])}")
-    last = train(
-        *(method, Reader(training, images, config), len(training), config),
-        accelerator=accelerator,
-        run_dir=made.folder,
-        evaluate=lambda: quick_probe(method.encoder, training, held_out, config.clips),
-        workers=config.clips.workers,
-    )
+        accelerator.print(whole.skipped.summary())
+    with naming_lost_readers(made.folder):
+        last = train(
+            *(method, Reader(training, images, config), len(training), config),
+            accelerator=accelerator,
+            run_dir=made.folder,
+            evaluate=lambda: quick_probe(method.encoder, training, held_out, config.clips),
+            workers=config.clips.workers,
+            patience=config.clips.patience,
+        )
     if accelerator.is_main_process:
         torch.manual_seed(config.seed)
         random = build_vjepa(description).to(next(method.parameters()).device)
         encoders = {"trained": method.eval().encoder, "random": random.eval().encoder}
         probed = beside_a_random_encoder(encoders, whole, test, config.clips)
         draw_clips(made.folder, method, held_out, config.clips)
-        made.finish({**last, "seed": config.seed, "probe": probed})
+        whole.skipped.recall()
+        if whole.skipped:
+            print(whole.skipped.summary())
+        made.finish({**last, "seed": config.seed, "probe": probed, **whole.skipped.results()})
 
 
 @dataclass(frozen=True)
@@ -199,14 +210,14 @@ def write_default(folder: Path, *, items: int = 3000, test_items: int = 750) -> 
             write_motion_clips(folder / part, letters(count, seed=seed), seed=seed)
 
 
-def load_parts(data: Path) -> tuple[Clips, Clips]:
+def load_parts(data: Path, bad_share: float = BAD_SHARE) -> tuple[Clips, Clips]:
     """Return the training and the test part: the folders `train` and `test`, or a part held out."""
     parts = [data / name for name in ("train", "test")]
     if not all(part.is_dir() for part in parts):
-        return hold_out(load_clips(data))
+        return hold_out(load_clips(data, bad_share=bad_share))
     lists = [part / "clips.csv" for part in parts]
     training, test = (
-        load_clips(listed if listed.is_file() else part)
+        load_clips(listed if listed.is_file() else part, bad_share=bad_share)
         for part, listed in zip(parts, lists, strict=True)
     )
     return training, relabelled(test, training)
@@ -389,6 +400,11 @@ def check(config: TrainVjepa) -> None:
         raise UserError(
             f"--clips of {flags.frames} frames, {flags.fps} a second, {flags.size} pixels, by "
             f"{flags.workers} workers: give at least 1, more than 0, 8, and 0"
+        )
+    if not 0 <= flags.bad_share <= 1 or not flags.patience > 0:
+        raise UserError(
+            f"--clips.bad-share {flags.bad_share}, --clips.patience {flags.patience}: give a share "
+            "in [0, 1], and seconds above 0"
         )
     shares = [share for share, _, _ in flags.stages]
     if any(share <= 0 for share in shares) or sum(shares) > 1:

@@ -103,6 +103,8 @@ def run(config: TrainWorldModel) -> None:
     windows = training.windows(config.frames, stride)
     begin(made, config, description, len(windows), accelerator)
     accelerator.print(store.origin)
+    if store.skipped:
+        accelerator.print(store.skipped.summary())
     accelerator.print(
         f"{training.num_episodes} episodes, {sum(p.numel() for p in method.parameters()):,} "
         f"parameters, {accelerator.num_processes} process(es) on {accelerator.device.type}"
@@ -125,7 +127,9 @@ def run(config: TrainWorldModel) -> None:
     )
     if accelerator.is_main_process:
         (made.folder / "features.npy").unlink(missing_ok=True)
-        made.finish({**last, "seed": config.seed})
+        if store.skipped:
+            print(store.skipped.summary())
+        made.finish({**last, "seed": config.seed, **store.skipped.results()})
 
 
 def describe(config: TrainWorldModel, data: Trajectories) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def encode_once(
     Raises:
         UserError: a latent that is not finite, or too large for float16.
     """
-    shape = (int(store.lengths.sum()), method.encoder.num_tokens, method.encoder.dim)
+    shape = (store.num_frames, method.encoder.num_tokens, method.encoder.dim)
     needed, free = 2 * math.prod(shape), shutil.disk_usage(file.parent).free
     if not file.is_file() and needed > free / 4:
         accelerator.print(f"{needed / 1e9:.1f} GB of latents: frames are encoded in every batch")

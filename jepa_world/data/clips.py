@@ -23,11 +23,19 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch.nn.functional import interpolate
+from torch.utils.data import get_worker_info
 
+from jepa_world.data.files import (
+    BAD_SHARE,
+    NAMED,
+    Skipped,
+    leaves,
+    most_bad,
+    note_reading,
+    tar_members,
+)
 from jepa_world.data.video import FORGIVEN, SUFFIXES, Source, Times, each_frame, open_video, upright
 from jepa_world.registry import UserError, did_you_mean
-
-BAD_SHARE, BAD_COUNT = 0.1, 10  # files that may be unreadable: a share, and a number for small sets
 
 Index = Int[np.ndarray, " b"]
 Pixels = UInt8[np.ndarray, "b t hh ww c"]
@@ -86,14 +94,15 @@ class Clips:
     """The word of every label, where labels were words."""
     values: dict[str, Float[np.ndarray, "n k"]] = field(default_factory=dict)
     """Numbers by the name of their column."""
-    skipped: tuple[str, ...] = ()
-    """Files left out at once: missing, empty, or named as if they lay outside their archive."""
+    skipped: Skipped = field(default_factory=lambda: Skipped(0, "videos"))
+    """Files left out at once (missing, empty, named as if they lay outside their archive or list),
+    and those that could not be read when they were asked for. All parts of a set share it."""
     backend: str = "pyav"
     """What decodes: `pyav`, `decord` or `torchcodec`."""
     decoded: tuple[Decoded, ...] = ()
     """Every video decoded, after `cached`."""
-    bad: list[str] = field(default_factory=list)
-    """Files that could not be read when they were asked for; a worker of a loader has its own."""
+    notes: Path | None = None
+    """Folder in which the workers of a loader note what they read, if there is one."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -107,8 +116,16 @@ class Clips:
             classes={name: labels[index] for name, labels in self.classes.items()},
             values={name: numbers[index] for name, numbers in self.values.items()},
             decoded=tuple(self.decoded[i] for i in index if self.decoded),
-            bad=[],
         )
+
+    def noting(self, folder: Path) -> "Clips":
+        """Return clips that note in a folder what they read and what they skip.
+
+        Processes that read the same set know from there what the others skipped, and what one that
+        died was reading.
+        """
+        self.skipped.record = folder / "skipped.jsonl"
+        return dataclasses.replace(self, notes=folder)
 
     def read(
         self, index: Index, *, frames: int, fps: float, size: int, seed: int, step: int
@@ -142,7 +159,7 @@ class Clips:
             The clips, and the videos they are of: `index`, but for those that were replaced.
 
         Raises:
-            UserError: more than a tenth of the videos, and more than ten, cannot be read.
+            UserError: too many videos cannot be read (`files.most_bad`).
         """
         cut = _Cut(frames, fps, size)
         numbers = [np.random.default_rng((seed, step, sample)) for sample in index.tolist()]
@@ -183,9 +200,8 @@ class Clips:
                     f"the first {len(kept)} of {len(self)} videos at {size} pixels take more than "
                     f"{at_most} bytes: raise the limit, lower the size, or read from the files"
                 )
-        chosen = self.take(np.array(kept))
-        skipped = (*self.skipped, *self.bad)
-        return dataclasses.replace(chosen, decoded=tuple(decoded), skipped=skipped)
+        chosen = self.take(np.array(kept, int))
+        return dataclasses.replace(chosen, decoded=tuple(decoded))
 
     def complaint(self, sample: int) -> str:
         """Return why the header of a video cannot be read; nothing if it can."""
@@ -221,6 +237,8 @@ class Clips:
     def _cut(self, sample: int, cut: "_Cut", place: float) -> UInt8[np.ndarray, "t hh ww c"]:
         if self.decoded:
             return self.decoded[sample].read(cut.times(place, self.decoded[sample].duration))
+        if self.notes is not None and get_worker_info() is not None:
+            note_reading(self.notes, self.names[sample])
         with open_video(
             self._source(sample), backend=self.backend, name=self._name(sample)
         ) as video:
@@ -247,20 +265,17 @@ class Clips:
         return repr(self.names[sample])
 
     def _note_bad(self, sample: int, error: UserError) -> None:
-        """Remember a video that cannot be read.
+        """Remember a video that cannot be read; the first few are logged.
 
         Raises:
             UserError: there are too many.
         """
         name = self.names[sample]
-        if name not in self.bad:
-            self.bad.append(name)
+        if name not in self.skipped.reasons and len(self.skipped) < NAMED:
             log.warning("%s; another takes its place", error)
-        if len(self.bad) > most_bad(len(self)) or len(self.bad) == len(self):
-            raise UserError(
-                f"{len(self.bad)} of {len(self)} videos cannot be read, the last one because: "
-                f"{error}; `jepa-world prepare-video` names all of them"
-            ) from error
+        self.skipped.add(name, error)
+        if set(self.names) <= self.skipped.reasons.keys():
+            raise UserError(f"none of the {len(self)} videos can be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -294,41 +309,40 @@ def square(frames: UInt8[np.ndarray, "t h w c"], size: int) -> UInt8[np.ndarray,
     return rearrange(x, "t c h w -> t h w c").numpy()
 
 
-def most_bad(count: int) -> float:
-    """Return how many of `count` videos may be unreadable."""
-    return max(BAD_COUNT, BAD_SHARE * count)
-
-
 def hold_out(clips: Clips, *, share: float = 0.05, at_most: int = 5000) -> tuple[Clips, Clips]:
-    """Split the training part once more, evenly: the same videos every time."""
-    count = min(at_most, int(share * len(clips)))
+    """Split the training part once more, evenly, one video at least: the same every time."""
+    count = min(at_most, max(1, int(share * len(clips))))
     chosen = np.zeros(len(clips), bool)
     chosen[np.linspace(0, len(clips) - 1, count).astype(int)] = True
     return clips.take(np.flatnonzero(~chosen)), clips.take(np.flatnonzero(chosen))
 
 
-def load_clips(data: Path, *, backend: str = "pyav") -> Clips:
+def load_clips(data: Path, *, backend: str = "pyav", bad_share: float = BAD_SHARE) -> Clips:
     """Find the videos of a folder, a tar, or a list, and their labels.
 
     Only their sizes are looked at, and headers until one can be read. Names in a list are relative
-    to the folder of the list.
+    to the folder of the list and stay in it, or absolute.
 
     Args:
         data: Folder, tar, text list or csv, as at the head of this module.
         backend: What decodes: `pyav`, `decord` or `torchcodec`.
+        bad_share: Of videos that may be unreadable, beside the rule for small sets.
 
     Raises:
         UserError: nothing there, no video that can be read, or too many missing or empty.
     """
     if data.is_dir():
-        return _from_tree(data, [*_folder_entries(data), *_tars_below(data)], backend)
-    if not data.is_file():
+        found = _from_tree([*_folder_entries(data), *_tars_below(data)])
+    elif not data.is_file():
         raise UserError(f"no videos at {str(data)!r}: give a folder, a tar, or a list of files")
-    if data.suffix.lower() == ".csv":
-        return _from_csv(data, backend)
-    if data.suffix.lower() in (".txt", ".list", ".tsv"):
-        return _from_list(data, backend)
-    return _from_tree(data, _tar_entries(data), backend)
+    elif data.suffix.lower() == ".csv":
+        found = _from_csv(data)
+    elif data.suffix.lower() in (".txt", ".list", ".tsv"):
+        found = _from_list(data)
+    else:
+        found = _from_tree(_tar_entries(data))
+    entries, labels = found
+    return _usable(data, entries, dataclasses.replace(labels, backend=backend), bad_share)
 
 
 Entry = tuple[str, Path | Member, int]
@@ -355,40 +369,34 @@ def _tar_entries(path: Path) -> list[Entry]:
     """List the videos of a tar in the order of their names; links are none."""
     try:
         with tarfile.open(path, "r:") as archive:
-            members = [m for m in archive.getmembers() if m.isfile()]
-    except (tarfile.TarError, OSError, EOFError) as error:
+            members = tar_members(archive, path.stat().st_size)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(
             f"{str(path)!r} cannot be read as a tar of videos that is not compressed: {error}"
         ) from error
     videos = [m for m in members if PurePosixPath(m.name).suffix.lower() in SUFFIXES]
     return [
-        (m.name, Member(path, m.offset_data, m.size), -2 if _leaves(m.name) else m.size)
-        for m in sorted(videos, key=lambda m: m.name)
+        (m.name, Member(path, m.offset_data, m.size), -2 if leaves(m.name) else m.size)
+        for m in videos
     ]
 
 
-def _leaves(name: str) -> bool:
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    return ".." in parts or parts[0] == "/"
-
-
-def _from_tree(data: Path, entries: list[Entry], backend: str) -> Clips:
+def _from_tree(entries: list[Entry]) -> tuple[list[Entry], Clips]:
     """Label every file with the folder it lies in, where there are two or more."""
     kinds = [PurePosixPath("/", name).parent.name for name, _, _ in entries]
     words, labels = np.unique(kinds, return_inverse=True)
     if len(words) < 2:
-        return _usable(data, entries, Clips((), (), backend=backend))
-    names = {"class": tuple(words.tolist())}
-    return _usable(data, entries, Clips((), (), {"class": labels}, names, backend=backend))
+        return entries, Clips((), ())
+    return entries, Clips((), (), {"class": labels}, {"class": tuple(words.tolist())})
 
 
-def _from_list(data: Path, backend: str) -> Clips:
+def _from_list(data: Path) -> tuple[list[Entry], Clips]:
     rows = [_path_and_label(line) for line in _text(data).splitlines() if line.strip()]
     paths, labels = [path for path, _ in rows], [label for _, label in rows]
     if any(labels) and not all(labels):
         raise UserError(f"{str(data)!r}: {paths[labels.index('')]!r} has no label, others have")
     columns = {"class": labels} if any(labels) else {}
-    return _usable(data, _listed(data, paths), _labelled(columns, backend))
+    return _listed(data, paths), _labelled(columns)
 
 
 def _path_and_label(line: str) -> tuple[str, str]:
@@ -404,8 +412,8 @@ _NAME_AND_LABEL = re.compile(
 )
 
 
-def _from_csv(data: Path, backend: str) -> Clips:
-    rows = list(csv.reader(_text(data).splitlines()))
+def _from_csv(data: Path) -> tuple[list[Entry], Clips]:
+    rows = _rows(data)
     header = [name.strip() for name in rows[0]] if rows else []
     if "path" not in header:
         hint = did_you_mean("path", header)
@@ -417,18 +425,25 @@ def _from_csv(data: Path, backend: str) -> Clips:
                 f"{str(data)!r}: row {number} has {len(row)} columns, expected {len(header)}"
             )
     columns = {name: [row[i].strip() for row in rows] for i, name in enumerate(header)}
-    return _usable(data, _listed(data, columns.pop("path")), _labelled(columns, backend))
+    return _listed(data, columns.pop("path")), _labelled(columns)
 
 
-def _labelled(columns: dict[str, list[str]], backend: str) -> Clips:
+def _rows(data: Path) -> list[list[str]]:
+    try:
+        return list(csv.reader(_text(data).splitlines()))
+    except csv.Error as error:
+        raise UserError(f"{str(data)!r} cannot be read as a csv: {error}") from error
+
+
+def _labelled(columns: dict[str, list[str]]) -> Clips:
     """Turn columns into labels.
 
     Whole numbers of a column `class` or `label` are labels as they are, so that two lists agree;
     other numbers are values, and words are classes in alphabetical order.
     """
-    clips = Clips((), (), backend=backend)
+    clips = Clips((), ())
     for name, words in columns.items():
-        if name in ("class", "label") and all(word.isdecimal() for word in words):
+        if name in ("class", "label") and all(_LABEL.fullmatch(word) for word in words):
             clips.classes[name] = np.array(words).astype(np.int64)
         elif (numbers := _numbers(words)) is not None:
             clips.values[name] = numbers[:, None]
@@ -438,11 +453,16 @@ def _labelled(columns: dict[str, list[str]], backend: str) -> Clips:
     return clips
 
 
+_LABEL = re.compile(r"[0-9]{1,9}")
+
+
 def _numbers(words: list[str]) -> Float[np.ndarray, " n"] | None:
+    """Return words that are numbers, none of them NaN or infinite, as such."""
     try:
-        return np.array([float(word) for word in words])
+        numbers = np.array([float(word) for word in words])
     except ValueError:
         return None
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def _text(path: Path) -> str:
@@ -453,29 +473,33 @@ def _text(path: Path) -> str:
 
 
 def _listed(data: Path, paths: list[str]) -> list[Entry]:
-    files = [data.parent / path for path in paths]
-    return [(path, file, _size(file)) for path, file in zip(paths, files, strict=True)]
+    return [(path, data.parent / path, _listed_size(data, path)) for path in paths]
 
 
-def _usable(data: Path, entries: list[Entry], labels: Clips) -> Clips:
+def _listed_size(data: Path, path: str) -> int:
+    """Return the bytes of a file in a list: of an absolute name, or of one below the list."""
+    absolute = Path(path).is_absolute()
+    return -2 if not absolute and leaves(path) else _size(data.parent / path)
+
+
+def _usable(data: Path, entries: list[Entry], labels: Clips, bad_share: float) -> Clips:
     """Give labels their files, without those that are missing, empty or outside their archive."""
     if not entries:
         raise UserError(f"no videos in {str(data)!r}: looked for {' '.join(sorted(SUFFIXES))}")
     names, files, sizes = zip(*entries, strict=True)
-    whole = dataclasses.replace(labels, names=names, files=files)
-    skipped = [
-        f"{name} ({_WHY[size]})" for name, size in zip(names, sizes, strict=True) if size < 1
-    ]
+    skipped = Skipped(len(entries), f"videos of {str(data)!r}", bad_share)
+    whole = dataclasses.replace(labels, names=names, files=files, skipped=skipped)
+    reasons = {name: _WHY[size] for name, size in zip(names, sizes, strict=True) if size < 1}
     kept = [sample for sample, size in enumerate(sizes) if size > 0]
-    most = most_bad(len(entries))
-    while kept and len(skipped) <= most and (complaint := whole.complaint(kept[0])):
-        skipped.append(f"{names[kept.pop(0)]} ({complaint})")
-    if not kept or len(skipped) > most:
-        raise UserError(
-            f"{len(skipped)} of {len(entries)} videos of {str(data)!r} cannot be used: "
-            f"{', '.join(skipped[:3])}"
-        )
-    return dataclasses.replace(whole.take(np.array(kept)), skipped=tuple(skipped))
+    most = most_bad(len(entries), bad_share)
+    while kept and len(reasons) <= most and (complaint := whole.complaint(kept[0])):
+        reasons[names[kept.pop(0)]] = complaint
+    skipped.add_all(reasons)
+    return whole.take(np.array(kept))
 
 
-_WHY = {0: "it is empty", -1: "it does not exist", -2: "its name leads out of the archive"}
+_WHY = {
+    0: "it is empty",
+    -1: "it does not exist",
+    -2: "its name leads out of the folder of the list, or the archive",
+}

@@ -10,25 +10,32 @@ A reader returns `(train, test)`. Bytes, channels last; pictures of other sizes 
 
 import gzip
 import io
+import lzma
+import math
 import struct
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from jepa_world.data.files import BAD_SHARE, Skipped, memory, require_room, tar_members
 from jepa_world.registry import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 UNREADABLE = (  # what PIL raises
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError),
     Image.DecompressionBombError,
 )
+LARGEST = 2**28  # bytes of a file that may be a picture
 SMALLEST = 8  # pixels a side: less is an icon or a mistake
 
 
@@ -47,7 +54,7 @@ class Images:
     """Labels by the name of what they tell: `class` for data sets that have one."""
     values: dict[str, Float[np.ndarray, "n k"]] = field(default_factory=dict)
     """Continuous factors by name."""
-    skipped: tuple[str, ...] = ()
+    skipped: Skipped = field(default_factory=lambda: Skipped(0, "pictures"))
     """Files that could not be read."""
 
     def __len__(self) -> int:
@@ -60,13 +67,15 @@ class Images:
         return Images(self.pixels[index], classes, values, self.skipped)
 
 
-def load_images(path: Path, *, size: int = 64, damaged: float = 0.01) -> tuple[Images, Images]:
+def load_images(
+    path: Path, *, size: int = 64, bad_share: float = BAD_SHARE
+) -> tuple[Images, Images]:
     """Read the training and the test part of an image data set.
 
     Args:
         path: `shapes`, a folder of idx files, a folder or a tar of pictures.
         size: Side that pictures of folders and tars are brought to; idx files keep theirs.
-        damaged: Largest share of pictures that may be unreadable: they are skipped and named.
+        bad_share: Of pictures that may be unreadable, beside the rule for small sets.
 
     Raises:
         UserError: nothing there, nothing readable, or too much of it damaged.
@@ -77,16 +86,16 @@ def load_images(path: Path, *, size: int = 64, damaged: float = 0.01) -> tuple[I
         return _read_idx_split(path, "train"), _read_idx_split(path, "t10k")
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        named = ((str(file.relative_to(path)), file.read_bytes()) for file in files)
-        return _from_pictures(named, path, size, damaged)
+        named = ((file.relative_to(path).as_posix(), _opener(file)) for file in files)
+        return _from_pictures(named, path, size, bad_share)
     if path.is_file():
-        return _from_pictures(_tar_members(path), path, size, damaged)
+        return _from_pictures(_tar_members(path), path, size, bad_share)
     raise UserError(f"no images at {str(path)!r}: give a folder, a tar, or `shapes`")
 
 
 def hold_out(images: Images, *, share: float = 0.05, at_most: int = 5000) -> tuple[Images, Images]:
-    """Split the training part once more, evenly: the test part is untouched until the end."""
-    count = min(at_most, int(share * len(images)))
+    """Split the training part once more, evenly, one at least: the test part stays untouched."""
+    count = min(at_most, max(1, int(share * len(images))))
     chosen = np.zeros(len(images), bool)
     chosen[np.linspace(0, len(images) - 1, count).astype(int)] = True
     return images.take(np.flatnonzero(~chosen)), images.take(np.flatnonzero(chosen))
@@ -100,21 +109,28 @@ def read_idx(path: Path) -> UInt8[np.ndarray, "..."]:
     """
     name = repr(str(path))
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+        with path.open("rb") as plain:
+            zipped = plain.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            shape = _idx_shape(file, name)
+            announced = math.prod(shape)
+            content = file.read(announced + 1)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"idx file {name} cannot be read: {error}") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise UserError(
-            f"{name} begins with {content[:4].hex(' ')!r}: idx files begin with 00 00 08"
-        )
-    axes = content[3]
-    shape = struct.unpack_from(f">{axes}I", content.ljust(4 + 4 * axes, b"\0"), 4)
-    held, announced = len(content) - 4 - 4 * axes, int(np.prod(shape, dtype=np.int64))
-    if held != announced:
-        raise UserError(f"{name} announces {announced} bytes {shape} and holds {max(0, held)}")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+    if len(content) != announced:
+        held = "more" if len(content) > announced else len(content)
+        raise UserError(f"{name} announces {announced} bytes {shape} and holds {held}")
+    return np.frombuffer(content, np.uint8).reshape(shape).copy()
+
+
+def _idx_shape(file: IO[bytes], name: str) -> tuple[int, ...]:
+    """Read the head of an idx file of bytes."""
+    head = file.read(4)
+    if len(head) < 4 or head[:3] != b"\0\0\x08":
+        raise UserError(f"{name} begins with {head.hex(' ')!r}: idx files begin with 00 00 08")
+    shape = struct.unpack(f">{head[3]}I", file.read(4 * head[3]))
+    require_room(name, shape, 2)  # and a copy
+    return shape
 
 
 def _read_idx_split(folder: Path, split: str) -> Images:
@@ -135,39 +151,63 @@ def _idx_file(folder: Path, name: str) -> Path:
     raise UserError(f"{str(folder)!r} holds idx files but no {name} or {name}.gz")
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
+Read = Callable[[], bytes]
+
+
+def _opener(file: Path) -> Read:
+    """Return what reads a file, unless it is larger than pictures are."""
+
+    def read() -> bytes:
+        if not file.is_file() or file.stat().st_size > LARGEST:
+            raise ValueError(f"no file, or more than {LARGEST} bytes")
+        return file.read_bytes()
+
+    return read
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, Read]]:
     """Yield the pictures of a tar in the order of their names."""
     try:
         with tarfile.open(path) as archive:
-            members = [m for m in archive.getmembers() if m.isfile()]
-            for member in sorted(members, key=lambda m: m.name):
-                file = archive.extractfile(member)
-                if PurePosixPath(member.name).suffix.lower() in SUFFIXES and file:
-                    yield member.name, file.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            for member in tar_members(archive, 0):
+                if PurePosixPath(member.name).suffix.lower() in SUFFIXES:
+                    yield member.name, partial(_read_member, archive, member)
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a tar of pictures: {error}") from error
 
 
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    if file is None or member.size > LARGEST:
+        raise ValueError(f"no file, or more than {LARGEST} bytes")
+    return file.read()
+
+
 def _from_pictures(
-    named: Iterator[tuple[str, bytes]], path: Path, size: int, damaged: float
+    named: Iterator[tuple[str, Read]], path: Path, size: int, bad_share: float
 ) -> tuple[Images, Images]:
+    """Decode all pictures into memory.
+
+    Raises:
+        UserError: none there, too many damaged, or more than there is memory for.
+    """
     names: list[str] = []
     pictures: list[UInt8[np.ndarray, "hh ww c"]] = []
-    skipped: list[str] = []
-    for name, content in named:
+    reasons: dict[str, str] = {}
+    for name, read in named:
         try:
-            pictures.append(_decode(content, size))
+            pictures.append(_decode(read(), size))
             names.append(name)
         except UNREADABLE as error:
-            skipped.append(f"{name} ({error})")
-    if not names and not skipped:
+            reasons[name] = str(error)
+        if len(pictures) * 3 * size**2 > memory() / 2:
+            raise UserError(f"pictures in {str(path)!r} take more than half of the memory here")
+    total = len(names) + len(reasons)
+    if not total:
         raise UserError(f"no pictures in {str(path)!r}: looked for {' '.join(sorted(SUFFIXES))}")
-    if len(skipped) > damaged * (len(names) + len(skipped)):
-        raise UserError(
-            f"{len(skipped)} of {len(names) + len(skipped)} pictures in {str(path)!r} cannot be "
-            f"used, more than {damaged:.0%}: {', '.join(skipped[:3])}"
-        )
-    return _split(np.stack(pictures), names, tuple(skipped))
+    skipped = Skipped(total, f"pictures in {str(path)!r}", bad_share)
+    skipped.add_all(reasons)
+    return _split(np.stack(pictures), names, skipped)
 
 
 def _decode(content: bytes, size: int) -> UInt8[np.ndarray, "hh ww c"]:
@@ -188,7 +228,7 @@ def _decode(content: bytes, size: int) -> UInt8[np.ndarray, "hh ww c"]:
 
 
 def _split(
-    pixels: UInt8[np.ndarray, "n hh ww c"], names: list[str], skipped: tuple[str, ...]
+    pixels: UInt8[np.ndarray, "n hh ww c"], names: list[str], skipped: Skipped
 ) -> tuple[Images, Images]:
     """Split into train and test: by folders of these names, else every fifth picture of a class."""
     parts = [PurePosixPath(name.replace("\\", "/")).parts for name in names]

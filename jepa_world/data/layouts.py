@@ -15,10 +15,13 @@ it is asked for, but what the episodes and the columns are. docs/datasets.md nam
 
 import io
 import logging
+import lzma
+import math
 import re
 import shutil
 import struct
 import tempfile
+import warnings
 import zipfile
 import zlib
 from bisect import bisect_right
@@ -36,6 +39,7 @@ from einops import rearrange
 from jaxtyping import Int
 from PIL import Image
 
+from jepa_world.data.files import require_room
 from jepa_world.data.video import read_video, video_times
 from jepa_world.registry import UserError
 
@@ -84,7 +88,11 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged or cut short ({what})") from error
 
 
-_DAMAGES = (OSError, EOFError, ValueError, RuntimeError, KeyError, zipfile.BadZipFile, zlib.error)
+_DAMAGES = (  # what the libraries raise of bytes that nobody wrote
+    *(OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, MemoryError, SyntaxError, StopIteration, struct.error),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, Image.DecompressionBombError),
+)
 
 
 # HDF5
@@ -103,11 +111,12 @@ def open_hdf5(path: Path) -> tuple[str, list[Table]]:
 
 def _columns_table(path: Path, file: Any) -> Table:
     """Open the layout of LeWorldModel: whole columns, and the frames of every episode."""
-    lengths = np.asarray(file["ep_len"], np.int64)
+    lengths = np.asarray(_rows(path, _dataset(file, "ep_len")), np.int64)
     columns = {k: v for k, v in _leaves(file).items() if k not in ("ep_len", "ep_offset")}
     table = _flat_table(path, lengths, columns)
     offsets = np.cumsum(lengths) - lengths
-    if not np.array_equal(np.asarray(file.get("ep_offset", offsets)), offsets):
+    given = _rows(path, _dataset(file, "ep_offset")) if "ep_offset" in file else offsets
+    if not np.array_equal(given, offsets):
         raise UserError(f"{path}: ep_offset does not follow from ep_len")
     return table
 
@@ -120,7 +129,7 @@ def _d4rl_table(path: Path, file: Any) -> Table:
         for key, dataset in _leaves(file).items()
         if "/" not in key or key.startswith("infos/")
     }
-    ends = [np.asarray(_dataset(file, k)) for k in ("terminals", "timeouts") if k in file]
+    ends = [_rows(path, _dataset(file, k)) for k in ("terminals", "timeouts") if k in file]
     columns = {k: v for k, v in columns.items() if k != "next_observations"}
     return _flat_table(path, _lengths(path, ends, len(columns["observations"])), columns)
 
@@ -139,7 +148,13 @@ def _flat_table(path: Path, lengths: np.ndarray, columns: Mapping[str, Any]) -> 
 
 def _read_hdf5(path: Path, key: str) -> np.ndarray:
     with reading(path), h5py.File(path, "r") as file:
-        return np.asarray(_dataset(file, key))
+        return _rows(path, _dataset(file, key))
+
+
+def _rows(path: Path, dataset: Any) -> np.ndarray:
+    """Return all rows of a dataset that fit in memory."""
+    require_room(f"{path}: {dataset.name}", dataset.shape, dataset.dtype.itemsize)
+    return np.asarray(dataset)
 
 
 def _lengths(path: Path, ends: Sequence[np.ndarray], rows: int) -> np.ndarray:
@@ -193,7 +208,7 @@ def _grouped_table(path: Path, file: Any, groups: list[str], lengths: np.ndarray
 def _read_groups(path: Path, names: list[str], lengths: np.ndarray) -> np.ndarray:
     """Return the rows of a column whose episodes lie in groups; a last one left out is zero."""
     with reading(path), h5py.File(path, "r") as file:
-        parts = [np.asarray(_dataset(file, name)) for name in names]
+        parts = [_rows(path, _dataset(file, name)) for name in names]
     short = [len(part) == length - 1 for part, length in zip(parts, lengths, strict=True)]
     parts = [_with_last(part) if s else part for part, s in zip(parts, short, strict=True)]
     _check_rows(path, names, np.array([len(part) for part in parts]), lengths)
@@ -233,8 +248,15 @@ def _dataset(file: Any, name: str) -> Any:
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim == 0:
         raise UserError(f"{file.filename} has no {name!r}, which other episodes have")
+    _require_own(dataset, file.file.filename)
     _require_filters(dataset)
     return dataset
+
+
+def _require_own(dataset: Any, filename: str) -> None:
+    """Refuse rows that lie in another file: a dataset of others would read any file here."""
+    if dataset.file.filename != filename or dataset.external or dataset.is_virtual:
+        raise UserError(f"{filename}: {dataset.name} lies in another file: copy its rows in")
 
 
 def _leaves(group: Any) -> dict[str, Any]:
@@ -243,6 +265,7 @@ def _leaves(group: Any) -> dict[str, Any]:
 
     def note(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
+            _require_own(item, group.file.filename)
             found[name] = item
 
     group.visititems(note)
@@ -256,7 +279,7 @@ def _hdf5_picture_shape(dataset: Any) -> Shape | None:
     _require_filters(dataset)
     if not _is_encoded(dataset):
         return picture_shape(dataset.shape[1:], dataset.dtype)
-    height, width, channels = dataset.attrs.get("shape", decoded(dataset[0]).shape)
+    height, width, channels = decoded(dataset[0]).shape
     return int(height), int(width), int(channels)
 
 
@@ -286,7 +309,10 @@ def _is_encoded(dataset: Any) -> bool:
 
 def decoded(data: Any) -> np.ndarray:
     """Return the picture of JPEG or PNG bytes."""
-    with Image.open(io.BytesIO(data)) as picture:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIL refuses real bombs
+        opened = Image.open(io.BytesIO(data))
+    with opened as picture:
         pixels = np.asarray(picture if picture.mode in ("RGB", "L") else picture.convert("RGB"))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -402,6 +428,8 @@ class _Array:
         with archive.open(info) as member:
             shape, fortran, dtype = _npy_header(member)
             begin = member.tell()
+        if dtype.hasobject or min(shape, default=1) < 0:
+            raise ValueError(f"{name} holds objects, or less than nothing")
         with open(str(archive.filename), "rb") as file:
             file.seek(info.header_offset + 26)  # of a local header of zip: lengths of two names
             begin += info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
@@ -417,6 +445,9 @@ def _npy_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _read_npz(path: Path, key: str) -> np.ndarray:
+    with reading(path), zipfile.ZipFile(path) as archive:
+        array = _Array.of(archive, f"{key}.npy")
+        require_room(f"{path}: {key}", array.shape, array.dtype.itemsize)
     with reading(path), np.load(path) as file:
         return file[key]
 
@@ -434,14 +465,21 @@ def _open_npz_pictures(path: Path, array: _Array) -> ReadFrames:
 
 def _unpacked(path: Path, array: _Array) -> IO[bytes]:
     """Return a nameless temporary file that holds the numbers of an array."""
-    size = int(np.prod(array.shape)) / 2**30
+    left = math.prod(array.shape)
+    size, free = left / 2**30, shutil.disk_usage(tempfile.gettempdir()).free
+    if left > free:
+        raise UserError(
+            f"{path} holds {size:.1f} GiB of pictures, more than there is room for in "
+            f"{tempfile.gettempdir()}: set TMPDIR to where there is"
+        )
     if size > 1:
         log.warning("%s is compressed: unpacking %.1f GiB of pictures for a while", path, size)
     file = tempfile.TemporaryFile()
     with zipfile.ZipFile(path) as archive, archive.open(array.name) as member:
         _npy_header(member)
         try:
-            shutil.copyfileobj(member, file, 2**20)
+            while left > 0 and (content := member.read(min(left, 2**20))):
+                left -= file.write(content)
             file.flush()
         except OSError as error:
             raise UserError(

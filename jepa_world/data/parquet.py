@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from jepa_world.config import read_json
+from jepa_world.data.files import inside
 from jepa_world.data.layouts import (
     Pictures,
     ReadFrames,
@@ -48,9 +50,9 @@ class _Episodes:
 def open_lerobot(path: Path) -> tuple[str, list[Table]]:
     """Open a folder of LeRobot, told by its meta/info.json."""
     file = path / "meta" / "info.json"
-    info = _json(file)
+    info = read_json(file)
     require(file, ("codebase_version", "features", "fps", "data_path"), info)
-    version = info["codebase_version"]
+    version = str(info["codebase_version"])
     if version not in _LEROBOT:
         known = ", ".join(_LEROBOT)
         raise UserError(f"{path} is LeRobot {version}; read are {known}: convert it with lerobot")
@@ -102,7 +104,7 @@ def _lerobot_v2(path: Path, info: Mapping[str, Any]) -> _Episodes:
     def places(template: str, **names: str) -> list[Path]:
         chunks = (index // info["chunks_size"]).tolist()
         return [
-            path / template.format(episode_chunk=chunk, episode_index=episode, **names)
+            inside(path, template, episode_chunk=chunk, episode_index=episode, **names)
             for chunk, episode in zip(chunks, index.tolist(), strict=True)
         ]
 
@@ -123,7 +125,7 @@ def _lerobot_v3(path: Path, info: Mapping[str, Any]) -> _Episodes:
     def places(template: str, key: str, **names: str) -> list[Path]:
         chunks, files = (column(f"{key}/{word}_index").tolist() for word in ("chunk", "file"))
         return [
-            path / template.format(chunk_index=chunk, file_index=file, **names)
+            inside(path, template, chunk_index=chunk, file_index=file, **names)
             for chunk, file in zip(chunks, files, strict=True)
         ]
 
@@ -148,7 +150,7 @@ _LEROBOT: dict[str, Callable[[Path, Mapping[str, Any]], _Episodes]] = {
 
 def open_minari_arrow(folder: Path) -> tuple[str, list[Table]]:
     """Open the Arrow or Parquet storage of Minari: a folder an episode, nested columns."""
-    metadata = _json(folder / "metadata.json")
+    metadata = read_json(folder / "metadata.json")
     kind = metadata.get("data_format")
     if kind not in ("arrow", "parquet"):
         raise UserError(f"{folder} is Minari's {kind!r} storage, and main_data.hdf5 is not there")
@@ -157,6 +159,13 @@ def open_minari_arrow(folder: Path) -> tuple[str, list[Table]]:
     )
     if not episodes:
         raise UserError(f"{folder} has no folder 0 of a first episode")
+    with reading(folder):
+        return f"Minari ({kind})", [_minari_table(folder, kind, metadata, episodes)]
+
+
+def _minari_table(
+    folder: Path, kind: str, metadata: Mapping[str, Any], episodes: list[Path]
+) -> Table:
     lengths = np.array([len(_arrow_column(e, kind, "rewards")) for e in episodes])
     pyarrow = _pyarrow("pyarrow")
     numbers: dict[str, Callable[[], np.ndarray]] = {}
@@ -173,7 +182,7 @@ def open_minari_arrow(folder: Path) -> tuple[str, list[Table]]:
         else:
             opens = partial(_open_arrow, episodes, kind, key, row, lengths)
             pictures[key] = Pictures(int(lengths.sum()), shape, opens)
-    return f"Minari ({kind})", [Table(folder, lengths, numbers, pictures)]
+    return Table(folder, lengths, numbers, pictures)
 
 
 def _space_shape(metadata: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
@@ -302,11 +311,6 @@ def _to_numpy(path: Path, name: str, values: Any, row: tuple[int, ...] | None) -
     if len(values) != count * int(np.prod(row)):
         raise UserError(f"{path}: rows of {name!r} are not all of the shape {row}")
     return values.to_numpy(zero_copy_only=False).reshape(count, *row)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with reading(path):
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _pyarrow(module: str) -> Any:

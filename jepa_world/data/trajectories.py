@@ -10,7 +10,9 @@ users have, plus `dataset.yaml`. In every shard all episodes are concatenated al
     ep_offset  (episodes,)  first row of each episode
 
 An episode of T steps has T + 1 frames; the action at its last frame is zero. Datasets of others
-read as well, in the layouts of `layouts` and `parquet`; NaN at a last frame is read as zero.
+read as well, in the layouts of `layouts` and `parquet`; NaN at a last frame is read as zero. Files
+that cannot be opened, episodes with numbers that are not finite and windows whose frames cannot be
+read are left out and named, until they are too many (`files.most_bad`).
 """
 
 import copy
@@ -33,6 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jepa_world.config import read_yaml
+from jepa_world.data.files import BAD_SHARE, Skipped, most_bad
 from jepa_world.data.layouts import OPENERS, ReadFrames, Table, open_hdf5, reading
 from jepa_world.data.parquet import open_lerobot, open_minari_arrow
 from jepa_world.registry import UserError
@@ -54,12 +57,14 @@ class Trajectories:
     A set whose frames fit in `cache_bytes` is decoded into memory at the first read; a larger one
     is read from its files. `columns` names what a batch holds: by default pixels and action, and
     state and proprio where they are stored. `pixels` and `action` say which columns of a dataset of
-    others these two are; `names` has what was found, `layout` what the dataset is.
+    others these two are; `names` has what was found, `layout` what the dataset is, `skipped` the
+    episodes that were left out. The place of a window whose frames cannot be read is taken by
+    another, a function of the window alone.
 
     Raises:
-        UserError: nothing there, a layout that is not known, a damaged file, a column that is
-            missing, episodes and frames that disagree, an episode without frames, a number that is
-            not finite.
+        UserError: nothing there, a layout that is not known, a column that is missing, episodes and
+            frames that disagree, an episode without frames, or more that is damaged or not finite
+            than `bad_share` of the files or episodes (in small sets a tenth may be, and ten).
 
     Example:
         >>> import tempfile
@@ -80,11 +85,14 @@ class Trajectories:
         pixels: str | None = None,
         action: str | None = None,
         cache_bytes: int = 2 * 2**30,
+        bad_share: float = BAD_SHARE,
     ):
         self.path = Path(path)
         self.metadata = _read_metadata(self.path)
-        self.layout, tables = open_tables(self.path)
-        _check_complete(self.path, self.metadata, sum(len(table.lengths) for table in tables))
+        files = Skipped(0, "files", bad_share)
+        self.layout, tables = open_tables(self.path, files)
+        if not files:
+            _check_complete(self.path, self.metadata, sum(len(t.lengths) for t in tables))
         self.names = find_columns(tables[0], columns, Columns(pixels, action))
         self._lengths = np.concatenate([table.lengths for table in tables])
         self._offsets = np.cumsum(self._lengths) - self._lengths
@@ -93,10 +101,14 @@ class Trajectories:
             for name, source in self.names.items()
             if name != "pixels"
         }
+        self.skipped = Skipped(len(self._lengths), f"episodes of {self.path}", bad_share)
+        self.skipped.reasons |= files.reasons
+        self._bad: set[int] = set()  # episodes, shared by all parts of the set
+        self._leave_out_what_is_not_finite()
         source = self.names.get("pixels")
         self._frames = None if source is None else _Frames(tables, source, cache_bytes)
         self._latents: np.ndarray | None = None
-        self._episodes = np.arange(len(self._lengths))
+        self._episodes = np.setdiff1d(np.arange(len(self._lengths)), list(self._bad))
 
     @property
     def env(self) -> str | None:
@@ -121,6 +133,11 @@ class Trajectories:
     def lengths(self) -> Int[np.ndarray, " e"]:
         """Return the frames of each episode (one more than its steps)."""
         return self._lengths[self._episodes]
+
+    @property
+    def num_frames(self) -> int:
+        """Count the frames of the whole store, as windows number them."""
+        return int(self._lengths.sum())
 
     @property
     def action_dim(self) -> int:
@@ -164,15 +181,15 @@ class Trajectories:
         With a stride above 1, a step's action is its `stride` actions side by side, (b, t,
         stride * a), zero beyond the end of the episode.
         """
-        starts = np.asarray(starts)
+        starts, pixels = self._readable(np.asarray(starts), length, stride)
         rows = starts[:, None] + stride * np.arange(length)
         batch = {name: column[rows] for name, column in self._columns.items() if name != "action"}
         if "action" in self._columns:
             batch["action"] = self._actions(rows, stride)
         if self._latents is not None:
             batch["latent"] = self._latents[rows].astype(np.float32)
-        elif self._frames is not None:
-            batch["pixels"] = self._frames.read(starts, length, stride)
+        elif pixels is not None:
+            batch["pixels"] = pixels
         return batch
 
     def with_latents(self, latents: Float[np.ndarray, "f n d"]) -> "Trajectories":
@@ -196,6 +213,50 @@ class Trajectories:
             raise UserError(f"{self.path} has 1 episode: too few to hold one out")
         held_out = min(max(round(fraction * self.num_episodes), 1), self.num_episodes - 1)
         return self._subset(self._episodes[:-held_out]), self._subset(self._episodes[-held_out:])
+
+    def _leave_out_what_is_not_finite(self) -> None:
+        ends = np.cumsum(self._lengths)
+        for name, column in self._columns.items():
+            bad = ~np.isfinite(column.reshape(len(column), -1)).all(1)
+            for row in np.flatnonzero(bad).tolist():
+                episode = int(np.searchsorted(ends, row, side="right"))
+                if episode not in self._bad:
+                    step = row - int(self._offsets[episode])
+                    self._leave_out(episode, f"{self.names[name]} is not finite in row {step}")
+
+    def _leave_out(self, episode: int, reason: object) -> None:
+        self._bad.add(episode)
+        self.skipped.add(f"episode {episode}", reason)
+
+    def _readable(
+        self, starts: np.ndarray, length: int, stride: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return windows whose frames can be read, and the frames where they are asked for."""
+        while True:
+            starts = self._replaced(starts, length, stride)
+            if self._frames is None or self._latents is not None:
+                return starts, None
+            try:
+                return starts, self._frames.read(starts, length, stride)
+            except UnreadableFrames as error:
+                self._leave_out(self._episode_of(error.row), error)
+
+    def _replaced(self, starts: np.ndarray, length: int, stride: int) -> np.ndarray:
+        """Return windows, others in the place of those in episodes that cannot be read."""
+        wrong = [i for i, start in enumerate(starts) if self._episode_of(int(start)) in self._bad]
+        if not wrong:
+            return starts
+        if self._bad.issuperset(self._episodes.tolist()):
+            raise UserError(f"{self.skipped.summary()}; that is all of one part")
+        starts, windows = starts.copy(), self.windows(length, stride)
+        for i in wrong:
+            random = np.random.default_rng(int(starts[i]))
+            while self._episode_of(int(starts[i])) in self._bad:
+                starts[i] = windows[random.integers(len(windows))]
+        return starts
+
+    def _episode_of(self, row: int) -> int:
+        return int(np.searchsorted(self._offsets, row, side="right")) - 1
 
     def _subset(self, episodes: np.ndarray) -> "Trajectories":
         part = copy.copy(self)
@@ -225,8 +286,20 @@ class Trajectories:
         return self._columns[name]
 
 
-def open_tables(path: Path) -> tuple[str, list[Table]]:
+class UnreadableFrames(UserError):
+    """Frames that cannot be read; `row` is the first of the window or the episode they are in."""
+
+    def __init__(self, row: int, reason: UserError) -> None:
+        super().__init__(str(reason))
+        self.row = row
+
+
+def open_tables(path: Path, skipped: Skipped | None = None) -> tuple[str, list[Table]]:
     """Return the name of the layout that lies at a path, and its tables in order.
+
+    Args:
+        path: File or folder.
+        skipped: Takes up the files of a folder that cannot be opened; if not given, none may be.
 
     Raises:
         UserError: nothing there, a layout that is not known or lacks something, a damaged file.
@@ -241,11 +314,24 @@ def open_tables(path: Path) -> tuple[str, list[Table]]:
         if (folder / "metadata.json").is_file():
             return open_minari_arrow(folder)
     files = _files(path)
-    found = [OPENERS[file.suffix](file) for file in files]
-    for file, (layout, _) in zip(files, found, strict=True):
-        if layout != found[0][0]:
-            raise UserError(f"{files[0]} is {found[0][0]}, {file.name} is {layout}: give one file")
-    return found[0][0], [table for _, tables in found for table in tables]
+    found = {file: opened for file in files if (opened := _opened(file, len(files), skipped))}
+    layouts = {layout: file for file, (layout, _) in reversed(found.items())}
+    if len(layouts) > 1:
+        *_, other, one = layouts.items()
+        raise UserError(f"{one[1]} is {one[0]}, {other[1].name} is {other[0]}: give one file")
+    return next(iter(layouts)), [table for _, tables in found.values() for table in tables]
+
+
+def _opened(file: Path, total: int, skipped: Skipped | None) -> tuple[str, list[Table]] | None:
+    """Open a file; None for one that cannot be, where that is allowed."""
+    try:
+        return OPENERS[file.suffix](file)
+    except UserError as error:
+        if skipped is None or most_bad(total, skipped.share) == 0:
+            raise
+        skipped.total = total
+        skipped.add(file.name, error)
+        return None
 
 
 def _files(path: Path) -> list[Path]:
@@ -345,22 +431,41 @@ class _Frames:
         self._ends = np.cumsum([pictures.rows for pictures in self._pictures])
         self._fits = int(self._ends[-1]) * int(np.prod(self.shape)) <= cache_bytes
         self._cache: np.ndarray | None = None
+        self._unreadable: dict[int, UserError] = {}  # by the first row of an episode, in the cache
         self._open: dict[int, ReadFrames] = {}
         self._process = os.getpid()
 
     def read(self, starts: np.ndarray, length: int, stride: int) -> np.ndarray:
-        """Return (b, t, h, w, c) bytes."""
+        """Return (b, t, h, w, c) bytes.
+
+        Raises:
+            UnreadableFrames: some cannot be read.
+        """
         if self._fits:
-            return self._whole()[starts[:, None] + stride * np.arange(length)]
+            whole = self._whole()
+            for start in starts.tolist():
+                if error := self._unreadable.get(self._first_of_episode(start)):
+                    raise UnreadableFrames(start, error)
+            return whole[starts[:, None] + stride * np.arange(length)]
         frames = np.empty((len(starts), length, *self.shape), np.uint8)
         tables = np.searchsorted(self._ends, starts, side="right")
         for row, (start, table) in enumerate(zip(starts, tables, strict=True)):
             first = int(start) - int(self._ends[table]) + self._pictures[table].rows
-            frames[row] = self._read(int(table), first, first + (length - 1) * stride + 1, stride)
+            last = first + (length - 1) * stride + 1
+            try:
+                frames[row] = self._read(int(table), first, last, stride)
+            except UserError as error:
+                raise UnreadableFrames(int(start), error) from error
         return frames
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_cache": None}
+        return self.__dict__ | {"_open": {}, "_cache": None, "_unreadable": {}}
+
+    def _first_of_episode(self, row: int) -> int:
+        if not self._unreadable:
+            return row
+        firsts = np.cumsum(np.concatenate([[0], *self._lengths]))
+        return int(firsts[np.searchsorted(firsts, row, side="right") - 1])
 
     def _whole(self) -> np.ndarray:
         """Return all frames; what takes longer than a few seconds shows its progress."""
@@ -372,7 +477,10 @@ class _Frames:
             for table, lengths in enumerate(self._lengths):
                 first = 0
                 for length in lengths.tolist():
-                    cache[row : row + length] = self._read(table, first, first + length, 1)
+                    try:
+                        cache[row : row + length] = self._read(table, first, first + length, 1)
+                    except UserError as error:
+                        self._unreadable[row] = error
                     first, row = first + length, row + length
                     progress.update(length)
                 self._open.clear()
@@ -413,7 +521,7 @@ def _check_rows(path: Path, name: str, count: int, lengths: np.ndarray) -> None:
 
 
 def _read_numbers(table: Table, name: str, source: str) -> np.ndarray:
-    """Return the rows of a column, NaN in the action at a last frame as zero; refuse any other."""
+    """Return the rows of a column, NaN in the action at a last frame as zero."""
     if source not in table.numbers:
         raise UserError(_lacks(table, name, source))
     column, ends = table.numbers[source](), np.cumsum(table.lengths)
@@ -423,12 +531,6 @@ def _read_numbers(table: Table, name: str, source: str) -> np.ndarray:
     if name == "action":
         column = column.astype(np.float32).reshape(len(column), -1)
         column[ends - 1] = np.nan_to_num(column[ends - 1], nan=0.0)
-    bad = ~np.isfinite(column.reshape(len(column), -1)).all(1)
-    if bad.any():
-        row = int(np.argmax(bad))
-        episode = int(np.searchsorted(ends, row, side="right"))
-        step = row - int(ends[episode] - table.lengths[episode])
-        raise UserError(f"{table.path}: {source} is not finite in episode {episode}, row {step}")
     return column
 
 

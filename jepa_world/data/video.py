@@ -187,7 +187,8 @@ class _PyAVVideo:
         source = self._source
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
         try:
-            self._container = av.open(file, "r", metadata_errors="ignore")
+            options = {"format_whitelist": _FORMATS}
+            self._container = av.open(file, "r", metadata_errors="ignore", options=options)
         except (FFmpegError, OSError, ValueError) as error:
             raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
         streams = self._container.streams.video
@@ -450,6 +451,7 @@ class _TorchcodecVideo:
             raise UserError(f"video {self._name} cannot be read: {_reason(error)}") from error
 
 
+_FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv"  # lists name files of others
 _SKIPPING_CODECS = {"h264", "hevc", "mpeg4"}  # they may change their mind; dav1d may not
 REORDERED = 16  # packets that a frame may be decoded before its turn, by the standard of H.264
 FORGIVEN = 1e-3  # seconds that a time may lie before its frame: rounding of time stamps

@@ -16,11 +16,17 @@ from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from jepa_world.checkpoint import find_checkpoint, load_weights, require_trust
+from jepa_world.checkpoint import (
+    build_part,
+    described_part,
+    find_checkpoint,
+    load_weights,
+    observation_shape,
+)
 from jepa_world.config import part_from_dict, read_yaml
 from jepa_world.interfaces import Encoder, FastRollout, Predictor, PrefixRollout
 from jepa_world.losses import DISTANCES, Distance
-from jepa_world.registry import UserError, class_path
+from jepa_world.registry import UserError
 from jepa_world.sigreg import SIGReg
 
 
@@ -153,33 +159,58 @@ def rollout(
     return z[:, known:]
 
 
-def build_parts(
-    description: dict[str, Any], trusted: tuple[str, ...] | None = None
+def build_parts(description: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """Build the encoder and the predictor that a command describes; the user has named both.
+
+    Args:
+        description: `observation_shape`, `action_dim` and the two parts with their options.
+
+    Raises:
+        UserError: a part cannot be built, or is no encoder.
+    """
+    parts = {kind: part_from_dict(description[kind]) for kind in ("encoder", "predictor")}
+    shape = tuple(description["observation_shape"])
+    encoder = _checked(parts["encoder"].build("encoder", shape), parts["encoder"].name)
+    dim, action_dim = encoder.dim, description["action_dim"]
+    return encoder, parts["predictor"].build("predictor", dim, action_dim)
+
+
+def load_parts(
+    description: dict[str, Any], file: Path, trusted: tuple[str, ...]
 ) -> tuple[nn.Module, nn.Module]:
     """Build the encoder and the predictor that a checkpoint's `config.yaml` describes.
 
     Args:
         description: `observation_shape`, `action_dim` and the two parts with their options.
-        trusted: Packages outside jepa_world whose parts may be imported; all if not given,
-            which is right only where the user has named the part on the command line.
+        file: Their weights, which they cannot be larger than.
+        trusted: Packages outside jepa_world whose parts may be imported.
 
     Raises:
         UserError: a key is missing or does not fit, or a part is not trusted.
     """
-    try:
-        shape = tuple(int(size) for size in description["observation_shape"])
-        parts = {kind: part_from_dict(description[kind]) for kind in ("encoder", "predictor")}
-        action_dim = int(description["action_dim"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"not the description of a world model: {error!r}") from error
-    for kind, part in parts.items():
-        if trusted is not None:
-            require_trust(class_path(kind, part.name), trusted)
-    encoder = parts["encoder"].build("encoder", shape)
+    shape = observation_shape(description)
+    for key, default in (("action_dim", None), ("stride", 1)):
+        number = description.get(key, default)
+        if type(number) is not int or not 0 < number < 2**16:
+            raise UserError(f"the checkpoint gives the {key} {number!r}: expected a number above 0")
+    for kind in ("encoder", "predictor"):  # before either is imported
+        described_part(description, kind)
+    words: Any = {"file": file, "trusted": trusted}
+    encoder = build_part(description, "encoder", shape, **words)
+    encoder = _checked(encoder, described_part(description, "encoder").name)
+    facts = (encoder.dim, description["action_dim"])
+    return encoder, build_part(description, "predictor", *facts, **words)
+
+
+def _checked(encoder: Any, name: str) -> Any:
+    """Return a module that keeps the contract of an encoder.
+
+    Raises:
+        UserError: it does not.
+    """
     if not (isinstance(encoder, nn.Module) and isinstance(encoder, Encoder)):
-        name = parts["encoder"].name
         raise UserError(f"encoder {name!r} is no nn.Module with `dim` and `num_tokens`, both int")
-    return encoder, parts["predictor"].build("predictor", encoder.dim, action_dim)
+    return encoder
 
 
 def load_world_model(
@@ -198,7 +229,7 @@ def load_world_model(
     method = description.get("method")
     if method != "world_model":
         raise UserError(f"{str(folder)!r} holds the method {method!r}, expected 'world_model'")
-    parts = build_parts(description, trusted)
-    model = WorldModel(*parts, SIGReg(), weight=0.0)
-    load_weights(model, folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    model = WorldModel(*load_parts(description, file, trusted), SIGReg(), weight=0.0)
+    load_weights(model, file)
     return model.eval(), description
