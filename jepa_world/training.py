@@ -214,7 +214,7 @@ def _step(
 ) -> _Taken:
     """Take a step, or leave all as it was where the loss or the gradient is not finite."""
     buffers = [buffer.clone() for buffer in model.buffers()]
-    terms: dict[str, Tensor] = {"loss": torch.tensor(math.nan)}
+    terms: dict[str, Tensor] = {}
     latent = None
     try:
         loss, parts, latent = _backward(model, batch, step, accelerator)
@@ -230,6 +230,7 @@ def _step(
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+        terms, latent = {"loss": torch.tensor(math.nan)}, None  # the same in all processes
     optimizer.zero_grad()
     return _Taken(terms, latent, wrong or "the loss of another process is not finite" * bad, stop)
 
@@ -649,7 +650,9 @@ class _Log:
 
     def add(self, terms: dict[str, Tensor], latent: Tensor | None) -> None:
         """Add losses, averaged over processes, and the health of the features, if there are any."""
-        means = self.accelerator.reduce({k: v.detach().float() for k, v in terms.items()}, "mean")
+        device = self.accelerator.device
+        own = {key: value.detach().to(device, torch.float32) for key, value in terms.items()}
+        means = self.accelerator.reduce(own, "mean")
         self.line |= {key: float(value) for key, value in means.items()}
         if latent is None:
             return

@@ -9,10 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import COMMANDS
 
 from jepa_world.checkpoint import load_tensors
 from jepa_world.data.trajectories import Trajectories
@@ -26,14 +24,6 @@ def launch(name, *words, **options):
     file = str(CONFIGS / f"{name}.yaml")
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
     return execute([*line, *words], **options)
-
-
-def torchrun(processes, *words):
-    """Run a root script by torchrun, with processes on the CPU."""
-    if processes == 1:
-        return execute([sys.executable, *words])
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return execute([*line, f"--nproc_per_node={processes}", *words])
 
 
 def execute(line, **options):
@@ -137,36 +127,6 @@ def test_accelerate_trains_with_the_processes_of_a_file(
         )
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-DOUBLE = """
-import sys
-import torch
-from jepa_world.commands import main
-
-torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-command = sys.argv.pop(1)
-main(command)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", COMMANDS, indirect=True, ids=" ".join)
-def test_two_processes_of_every_command_equal_one(words, tmp_path):
-    """In float64: after 5 steps all parameters and statistics agree to 1e-9."""
-    (tmp_path / "double.py").write_text(DOUBLE)
-    for processes in (1, 2):
-        line = (*words, "--steps", 5, "--run-dir", tmp_path / str(processes))
-        done = torchrun(processes, tmp_path / "double.py", *line)
-        assert done.returncode == 0, done.stderr
-        assert f"{processes} process(es) on cpu" in done.stdout
-    one, two = (
-        load_tensors(tmp_path / name / "checkpoint" / "model.safetensors")[0] for name in ("1", "2")
-    )
-    assert any(value.dtype == torch.float64 for value in one.values())
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9, msg=key)
 
 
 @pytest.mark.slow

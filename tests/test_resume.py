@@ -1,4 +1,4 @@
-"""Runs that are killed: a server imports everything once and forks the processes that die."""
+"""Runs that are killed, or have two processes: a server imports once and forks all of them."""
 
 import json
 import os
@@ -11,11 +11,12 @@ from conftest import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = """
-import gc, json, os, random, signal, sys, time, traceback
+import gc, json, os, random, signal, socket, sys, time, traceback
+from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
-from jepa_world.checkpoint import write_atomically
+from jepa_world.checkpoint import load_tensors
 from jepa_world.commands import main
 from jepa_world.commands import train_ijepa, train_lejepa, train_vjepa, train_world_model
 from jepa_world.encoders import conv, resnet, vit
@@ -146,6 +147,31 @@ def at_random(folder, words, kills):
     return halves
 
 
+def side_by_side(folder, words):
+    '''Train on one process and on two, in float64; return the largest difference.'''
+    def work(run, resume, **launched):
+        os.environ |= launched
+        torch.set_default_dtype(torch.float64)
+        sys.argv = [*words, "--run-dir", str(run)]
+        main(words[0])
+
+    finish(work, folder / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rest = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    two = [
+        forked(partial(work, RANK=str(n), LOCAL_RANK=str(n), **rest), folder / "two")
+        for n in range(2)
+    ]
+    assert [ended(pid) for pid in two] == [0, 0], (folder / "log").read_text()
+    assert "2 process(es) on cpu" in (folder / "log").read_text()
+    one, two = (load_tensors(folder / name / "checkpoint" / "model.safetensors")[0]
+                for name in ("one", "two"))
+    assert any(value.dtype == torch.float64 for value in one.values())
+    return max(float((two[key] - value).abs().max()) for key, value in one.items())
+
+
 def same(one, two):
     one, two = contents(one), contents(two)
     assert one.keys() == two.keys(), one.keys() ^ two.keys()
@@ -158,18 +184,19 @@ folder = Path(how.pop("folder"))
 line(folder / "straight", False)  # what is imported at the first step is so for all forks
 gc.collect()
 gc.freeze()
-print({"changes": at_every_change, "random": at_random}[how.pop("kind")](folder, **how))
+kinds = {"changes": at_every_change, "random": at_random, "processes": side_by_side}
+print(kinds[how.pop("kind")](folder, **how))
 """
 
 
-def kill(folder, kind, **how):
+def serve(folder, kind, **how):
     """Run the server, and return what it counted."""
     request = json.dumps({"folder": str(folder), "kind": kind, **how})
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-c", SERVER, request]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
+    return float(done.stdout.split()[-1])
 
 
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
@@ -177,11 +204,19 @@ def test_killed_before_any_change_of_a_file_and_resumed_it_equals_one_straight_t
     tmp_path, every
 ):
     """Weights, optimiser, metrics, kept checkpoints; the slow case before each, some 180 kills."""
-    assert kill(tmp_path, "changes", every=every) > 100 // every
+    assert serve(tmp_path, "changes", every=every) > 100 // every
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, indirect=True, ids=" ".join)
 def test_killed_at_random_moments_every_command_equals_one_straight_through(tmp_path, words):
     """Each 20 times with kill -9: while reading, stepping, measuring and writing."""
-    kill(tmp_path, "random", words=list(map(str, words)), kills=20)
+    serve(tmp_path, "random", words=list(map(str, words)), kills=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMMANDS, indirect=True, ids=" ".join)
+def test_two_processes_of_every_command_equal_one(tmp_path, words):
+    """In float64: after 5 steps all parameters and statistics agree to 1e-9."""
+    line = [*map(str, words), "--steps", "5"]
+    assert serve(tmp_path, "processes", words=line) < 1e-9
