@@ -38,8 +38,8 @@ class Line(nn.Module):
         return Output(loss, {}, torch.randn(8, 2))
 
 
-def line(folder, resume):
-    '''Train a line for six steps, two checkpoints and the best kept.'''
+def line(folder, resume, dropout=0.5, bad=()):
+    '''Train a line for six steps, two checkpoints and the best kept; some numbers are NaN.'''
     loop = Loop(keep=2, best=("error", "min"))
     config = Training(
         steps=6, batch_size=4, lr=0.1, log_every=1, checkpoint_every=1, loop=loop, resume=resume
@@ -49,6 +49,7 @@ def line(folder, resume):
     accelerator = make_accelerator("no", "none", folder)
     begin(made, config, {"method": "line"}, 12, accelerator)
     numbers = torch.linspace(-1, 1, 12)[:, None]
+    numbers[list(bad)], method.dropout.p = torch.nan, dropout
     train(
         *(method, lambda index, step: {"x": numbers[index]}, 12, config),
         accelerator=accelerator,
@@ -156,20 +157,38 @@ def side_by_side(folder, words):
         main(words[0])
 
     finish(work, folder / "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rest = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    two = [
-        forked(partial(work, RANK=str(n), LOCAL_RANK=str(n), **rest), folder / "two")
-        for n in range(2)
-    ]
-    assert [ended(pid) for pid in two] == [0, 0], (folder / "log").read_text()
+    two_of(work, folder / "two")
     assert "2 process(es) on cpu" in (folder / "log").read_text()
     one, two = (load_tensors(folder / name / "checkpoint" / "model.safetensors")[0]
                 for name in ("one", "two"))
     assert any(value.dtype == torch.float64 for value in one.values())
     return max(float((two[key] - value).abs().max()) for key, value in one.items())
+
+
+def two_of(work, folder):
+    '''Run work in two processes, with what torchrun would give them.'''
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rest = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pids = [forked(partial(work, RANK=str(n), LOCAL_RANK=str(n), **rest), folder)
+            for n in range(2)]
+    assert [ended(pid) for pid in pids] == [0, 0], (folder.parent / "log").read_text()
+
+
+def skipped(folder):
+    '''Train with a number that is NaN in one of two processes; return the steps skipped.'''
+    def work(run, resume, **launched):
+        os.environ |= launched
+        line(run, resume, dropout=0.0, bad=[3])
+
+    finish(work, folder / "one")
+    two_of(work, folder / "two")
+    read = [json.loads((folder / n / "metrics.jsonl").read_text().splitlines()[-1])
+            for n in ("one", "two")]
+    assert read[0]["skipped"] == read[1]["skipped"], read
+    assert abs(read[0]["error"] - read[1]["error"]) < 1e-5, read
+    return read[0]["skipped"]
 
 
 def same(one, two):
@@ -184,7 +203,12 @@ folder = Path(how.pop("folder"))
 line(folder / "straight", False)  # what is imported at the first step is so for all forks
 gc.collect()
 gc.freeze()
-kinds = {"changes": at_every_change, "random": at_random, "processes": side_by_side}
+kinds = {
+    "changes": at_every_change,
+    "random": at_random,
+    "processes": side_by_side,
+    "skipped": skipped,
+}
 print(kinds[how.pop("kind")](folder, **how))
 """
 
@@ -220,3 +244,9 @@ def test_two_processes_of_every_command_equal_one(tmp_path, words):
     """In float64: after 5 steps all parameters and statistics agree to 1e-9."""
     line = [*map(str, words), "--steps", "5"]
     assert serve(tmp_path, "processes", words=line) < 1e-9
+
+
+@pytest.mark.slow
+def test_processes_skip_the_same_steps_when_one_of_them_meets_a_number_that_is_not_finite(tmp_path):
+    """Twelve samples, one NaN, four in a batch: two of six steps, as on one process."""
+    assert serve(tmp_path, "skipped") == 2
