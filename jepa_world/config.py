@@ -181,7 +181,7 @@ class _PlainLoader(yaml.SafeLoader):
     """Plain values, each written where it stands."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+        if self.check_event(yaml.AliasEvent):  # pyright: ignore[reportUnknownMemberType]
             raise ValueError("it uses an alias (*name): write the value out")
         return super().compose_node(parent, index)
 
@@ -272,7 +272,7 @@ def _file_flags(file: Path, trusted: list[str]) -> list[str]:
 
 def _trusted(words: list[str]) -> list[str]:
     """Return the packages that a command line names: behind --trust, and of its own parts."""
-    return [re.split("[.:]", word)[0] for flag, word in _classes(words)]
+    return [re.split("[.:]", word)[0] for _, word in _classes(words)]
 
 
 def _classes(words: list[str]) -> Iterator[tuple[str, str]]:
@@ -385,17 +385,18 @@ def _saved_part(run: Path, kind: str) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint has no such part, or one from outside the package.
     """
-    part = read_yaml(run / "checkpoint" / "config.yaml").get(kind)
-    if not (isinstance(part, dict) and isinstance(part.get("name"), str)):
+    described = read_yaml(run / "checkpoint" / "config.yaml").get(kind)
+    part = cast(dict[str, Any], described) if isinstance(described, dict) else {}
+    if not isinstance(part.get("name"), str):
         raise UserError(f"the checkpoint in {str(run)!r} describes no {kind}")
-    where = class_path(kind, cast(dict[str, Any], part)["name"])
+    where = class_path(kind, part["name"])
     if not where.startswith("jepa_world."):  # only the user's own word imports it
         flag = _part_flag(kind)
         raise UserError(
             f"the {kind} in {str(run)!r} is {where}: name it yourself, {flag} {where} and its "
             f"options, and --frozen {run}"
         )
-    return cast(dict[str, Any], part)
+    return part
 
 
 def _foreign_encoder(folder: Path) -> dict[str, Any]:
@@ -405,10 +406,11 @@ def _foreign_encoder(folder: Path) -> dict[str, Any]:
         UserError: a file that is not of transformers.
     """
     described = read_json(folder / "config.json")
-    names = described.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or not str(names[0]).endswith("Model"):
+    given = described.get("architectures")
+    names = cast(list[Any], given) if isinstance(given, list) else []
+    if len(names) != 1 or not str(names[0]).endswith("Model"):
         raise UserError(
-            f"{str(folder / 'config.json')!r} describes {names}, expected one encoder: "
+            f"{str(folder / 'config.json')!r} describes {given}, expected one encoder: "
             "transformers' folder of a model alone, such as Dinov2Model"
         )
     return {

@@ -58,7 +58,7 @@ def holds(count, strategy, check):
         derandomize=True,
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )(given(strategy)(check))()
 
 

@@ -117,6 +117,13 @@ def test_the_versions_that_are_tested_lie_in_the_ranges_that_are_allowed():
             assert need.specifier.contains(version), f"{need} leaves out {version}"
 
 
+def imports(node):
+    """Return the modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
 def test_every_import_of_the_package_is_declared():
     owners = metadata.packages_distributions()
     declared = {canonicalize_name(need.name) for needs in requirements() for need in needs}
@@ -125,13 +132,7 @@ def test_every_import_of_the_package_is_declared():
         for path in SOURCES
         if "benchmarks" not in path.parts
         for node in ast.walk(ast.parse(path.read_text()))
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
+        for name in imports(node)
     }
     for name in used - {"jepa_world"}:
         there = {canonicalize_name(owner) for owner in owners.get(name, [])}

@@ -123,7 +123,7 @@ def read_idx(path: Path) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(content, np.uint8).reshape(shape).copy()
 
 
-def _idx_shape(file: IO[bytes], name: str) -> tuple[int, ...]:
+def _idx_shape(file: IO[bytes] | gzip.GzipFile, name: str) -> tuple[int, ...]:
     """Read the head of an idx file of bytes."""
     head = file.read(4)
     if len(head) < 4 or head[:3] != b"\0\0\x08":
