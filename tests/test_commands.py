@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_ends_in_one_line(refuses, copy_of, tiny_run, name,
     file.unlink()
     if damage != "missing":
         file.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
-    refuses(rf"{name}|description of a world model", "plan", "--checkpoint", file.parents[1])
+    refuses(rf"{name}|the checkpoint (gives|describes)", "plan", "--checkpoint", file.parents[1])
 
 
 def test_a_checkpoint_of_another_env_action_or_frame_ends_in_one_line(refuses, copy_of, tiny_run):
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_env_action_or_frame_ends_in_one_line(refuses, c
     spoil("holds the method 'lejepa'", method="lejepa")
     spoil("unknown encoder 'none'", encoder={"name": "none"})
     spoil("has no option 'widht'", encoder=description["encoder"] | {"widht": 3})
-    spoil("not the description of a world model", action_dim="many")
+    spoil("the checkpoint gives the action_dim 'many': expected", action_dim="many")
 
 
 def test_a_model_for_another_action_size_ends_in_one_line(refuses, copy_of, tiny_run):
