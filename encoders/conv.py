@@ -45,10 +45,10 @@ class ConvEncoder(nn.Module):
     ) -> None:
         super().__init__()
         _, channels, rows, columns = observation_shape
-        if min(rows, columns) < 2**stages:
+        if min(rows, columns) >> stages == 0:
             raise ValueError(
                 f"a frame of {rows} x {columns} pixels is too small for {stages} halvings; "
-                f"use at least {2**stages} pixels or fewer stages"
+                "use more pixels or fewer stages"
             )
         self.dim, self.num_tokens = dim, 1
         widths = [channels, *(width * 2**stage for stage in range(stages))]

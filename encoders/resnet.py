@@ -42,10 +42,10 @@ class ResNetEncoder(nn.Module):
     ) -> None:
         super().__init__()
         _, channels, rows, columns = observation_shape
-        if min(rows, columns) < 2**stages:
+        if min(rows, columns) >> stages == 0:
             raise ValueError(
                 f"a frame of {rows} x {columns} pixels is too small for {stages} halvings; "
-                f"use at least {2**stages} pixels or fewer stages"
+                "use more pixels or fewer stages"
             )
         if width < 16:
             raise ValueError(

@@ -79,7 +79,7 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         >>> env = MazeEnv(size=32)
         >>> observation, info = env.reset(seed=0, options={"start": (0, 0.1), "goal": (0, -0.1)})
         >>> info["success"], round(env.goal_distance(), 2)
-        (False, 0.3)
+        (False, 0.25)
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012

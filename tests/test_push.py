@@ -136,7 +136,7 @@ def test_the_expert_pushes_the_block_to_most_goals(push):
 
 def test_guides_move_the_block_where_random_actions_seldom_do(push):
     moved = {"guided": 0, "random": 0}
-    for seed in range(5):
+    for seed in range(8):
         generator = np.random.default_rng(seed)
         for policy in moved:
             _, info = push.reset(seed=seed)
@@ -146,7 +146,7 @@ def test_guides_move_the_block_where_random_actions_seldom_do(push):
             for _ in range(40):
                 *_, info = push.step(next(actions))
             moved[policy] += np.abs(info["configuration"][2:] - before).max() > 0.03
-    assert moved["guided"] >= 4 > moved["random"] + 1
+    assert moved["guided"] == 8 and moved["random"] <= 4
 
 
 @pytest.mark.parametrize(
