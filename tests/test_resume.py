@@ -239,9 +239,12 @@ def test_killed_at_random_moments_every_command_equals_one_straight_through(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", COMMANDS, indirect=True, ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS[1:], indirect=True, ids=" ".join)
 def test_two_processes_of_every_command_equal_one(tmp_path, words):
-    """In float64: after 5 steps all parameters and statistics agree to 1e-9."""
+    """In float64: after 5 steps all parameters and statistics agree to 1e-9.
+
+    LeJEPA computes in float32 whatever the default is: tests/test_lejepa.py compares its losses.
+    """
     line = [*map(str, words), "--steps", "5"]
     assert serve(tmp_path, "processes", words=line) < 1e-9
 
