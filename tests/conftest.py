@@ -30,7 +30,7 @@ FEW = (
     *("--steps", 12, "--batch-size", 8),
 )
 TOKENS = (
-    *("--encoder.dim", 16, "--encoder.depth", 1, "--encoder.patch", 8),
+    *("--encoder.dim", 32, "--encoder.depth", 1, "--encoder.heads", 2, "--encoder.patch", 8),
     *("--masked-predictor.width", 16, "--masked-predictor.depth", 1),
 )
 COMMANDS = [
