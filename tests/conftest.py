@@ -30,7 +30,7 @@ FEW = (
     *("--steps", 12, "--batch-size", 8),
 )
 TOKENS = (
-    *("--encoder.dim", 16, "--encoder.depth", 1, "--encoder.patch", 8),
+    *("--encoder.dim", 32, "--encoder.depth", 1, "--encoder.heads", 2, "--encoder.patch", 8),
     *("--masked-predictor.width", 16, "--masked-predictor.depth", 1),
 )
 COMMANDS = [
@@ -162,7 +162,7 @@ def words(request, tmp_path, tiny_data, tiny_words):
 
         videos = write_motion_clips(tmp_path / "videos", letters(40, seed=0), seed=0)
         cut = ("--clips.size", 16, "--clips.frames", 4, "--clips.fps", 4)
-        return [*request.param, *TOKENS, *cut, "--data", videos, *FEW]
+        return [*request.param, *TOKENS, *cut, "--data", videos.parent, *FEW]  # no labels
     pictures = write_pictures(tmp_path / "pictures")
     own = TOKENS if request.param[0] == "train_ijepa" else ("--encoder.width", 16)
     return [*request.param, *own, "--data", pictures, "--image-size", 16, *FEW]

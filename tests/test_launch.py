@@ -126,7 +126,7 @@ def test_accelerate_trains_with_the_processes_of_a_file(
             (run / "metrics.jsonl").read_text().splitlines() for run in (folder, tiny_run)
         )
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # float32, after AdamW
 
 
 @pytest.mark.slow
