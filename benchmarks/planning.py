@@ -217,7 +217,7 @@ def in_variant(agent: Agent, variant: Variant) -> Any:
     predictor: Any = agent.model.predictor
     if variant == "compiled" and isinstance(predictor, LeWorldModelPredictor):
         for block in predictor.blocks:
-            block.mlp = torch.compile(block.mlp, dynamic=False)
+            block.mlp = torch.compile(block.mlp, dynamic=False)  # pyright: ignore
     elif variant == "compiled":
         predictor.rollout = torch.compile(predictor.rollout, dynamic=False)
     return torch.autocast("cpu", torch.bfloat16) if variant == "bf16" else nullcontext()

@@ -55,7 +55,7 @@ def make_episodes() -> layouts.Episodes:
     return episodes
 
 
-def assert_read(path: Path, episodes: layouts.Episodes, *, close: float = 0, **named: str) -> str:
+def assert_read(path: Path, episodes: layouts.Episodes, *, close: float = 0, **named: Any) -> str:
     """Assert that a dataset holds these episodes; return the layout that was found."""
     for cache_bytes in (0, 2**30):
         data = Trajectories(path, cache_bytes=cache_bytes, **named)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 if __name__ != "jepa_world.envs":
     raise ImportError(f"import jepa_world.envs, not {__name__}: a second copy is another class")
@@ -98,11 +99,11 @@ def _make(name: str, options: dict[str, Any]) -> gymnasium.Env:
     return env
 
 
-def _is_of_gymnasium(spec: gymnasium.envs.registration.EnvSpec) -> bool:
+def _is_of_gymnasium(spec: EnvSpec) -> bool:
     """Return whether an environment is one of Gymnasium's class for MuJoCo."""
     creator = spec.entry_point
     if isinstance(creator, str):
-        creator = gymnasium.envs.registration.load_env_creator(creator)
+        creator = load_env_creator(creator)
     return isinstance(creator, type) and any(
         base.__name__ == "MujocoEnv" and base.__module__.startswith("gymnasium.")
         for base in creator.__mro__

@@ -185,8 +185,8 @@ class PictureEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def _step(self, action: np.ndarray) -> tuple[Any, ...]:
         action = np.asarray(action, np.float64)
-        if action.shape != self.action_space.shape or not np.isfinite(action).all():
-            count = self.action_space.shape[0]
+        if action.shape != self.inner.action_space.shape or not np.isfinite(action).all():
+            count = self.inner.action_space.shape[0]
             raise ValueError(f"action is {action!r}, expected {count} finite numbers in [-1, 1]")
         space = self.inner.action_space
         share = (np.clip(action, -1.0, 1.0) + 1.0) / 2.0
@@ -211,7 +211,8 @@ class PictureEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return view
 
     def _wander(self) -> None:
-        actions = self.np_random.uniform(-1, 1, (self.ahead // HELD + 1, *self.action_space.shape))
+        shape = self.inner.action_space.shape
+        actions = self.np_random.uniform(-1, 1, (self.ahead // HELD + 1, *shape))
         for step in range(self.ahead):
             self._step(actions[step // HELD])
 

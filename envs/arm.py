@@ -213,7 +213,7 @@ def _within_limits(angles: np.ndarray, speeds: np.ndarray) -> np.ndarray:
     return np.clip(speeds, (low - angles) / STEP, (high - angles) / STEP)
 
 
-def within_bounds(action: np.ndarray, space: gymnasium.spaces.Box) -> np.ndarray:
+def within_bounds(action: np.ndarray, space: gymnasium.Space[Any]) -> np.ndarray:
     """Return an action within its bounds.
 
     Raises:

@@ -208,7 +208,9 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             row, column = self._cell(here)
             around = [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
             following = min(around, key=lambda cell: far[cell])
-            way = place - here if far[row, column] == 0 else self._middle(following) - here
+            way = (
+                place - here if far[row, column] == 0 else self._middle(np.array(following)) - here
+            )
             if far[row, column] == 0 and np.linalg.norm(way) < 0.2 * STEP:
                 return
             yield way / max(STEP, np.linalg.norm(way))

@@ -278,7 +278,7 @@ def extent(model: mujoco.MjModel, low: float, high: float, body: str) -> Factor:
     return Factor(sizes.default, low, high, write)
 
 
-def known_options(options: Mapping[str, Any] | None, *known: str) -> Mapping[str, Any]:
+def known_options(options: Mapping[str, Any] | None, *known: str) -> dict[str, Any]:
     """Return the options of a reset.
 
     Raises:
@@ -287,4 +287,4 @@ def known_options(options: Mapping[str, Any] | None, *known: str) -> Mapping[str
     if unknown := set(options or {}) - set(known):
         names = ", ".join(known)
         raise ValueError(f"unknown reset options {sorted(unknown)!r}; known: {names}")
-    return options or {}
+    return dict(options or {})

@@ -567,10 +567,10 @@ def _check_start_is_goal(env: gymnasium.Env[Any, Any], configuration: Any) -> No
 
 
 def _check_configuration(env: gymnasium.Env[Any, Any]) -> None:
-    env.reset(seed=1)
+    seen, info = env.reset(seed=1)
     for action in _actions(env, 3):
         seen, *_, info = env.step(action)
-    there = np.array(info["configuration"])
+    there: Any = np.array(info["configuration"])
     again, info = env.reset(seed=1, options={"start": there})
     if not np.allclose(info["configuration"], there, atol=1e-6):
         raise ContractError("env set to start at an info['configuration'] starts somewhere else")

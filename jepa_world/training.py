@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -301,7 +301,7 @@ def native_precision() -> str:
 
     A CPU without such instructions emulates them, more than ten times slower than float32.
     """
-    device = PartialState().device.type
+    device = cast(torch.device, PartialState().device).type
     on_cpu = device == "cpu" and torch.backends.mkldnn.is_available()
     if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "bf16"
@@ -495,7 +495,7 @@ def _in_evaluation_mode(
     try:
         with torch.no_grad():
             measured = evaluate()
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise UserError(
             f"the features after step {step} cannot be measured, they have diverged: lower --lr "
             f"({error})"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,7 +40,7 @@ def execute(line, **options):
     [("cpu_1", 1, 1), ("cpu_2", 2, 1), ("gpu_8", 8, 1), ("nodes_2", 16, 2)],
 )
 def test_a_launch_file_is_read_whole_by_accelerate(name, processes, machines):
-    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    config: Any = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (config.num_processes, config.num_machines) == (processes, machines)
     assert (config.distributed_type == "MULTI_GPU") == (processes > 1)
     assert config.use_cpu == name.startswith("cpu")

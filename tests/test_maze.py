@@ -29,7 +29,7 @@ def in_a_free_cell(env, place):
 def test_walls_are_never_crossed_nor_entered(maze):
     actions = np.random.default_rng(0).choice([-1.0, 1.0], (25, 2)).repeat(4, axis=0)
     _, info = maze.reset(seed=0)
-    before = info["configuration"]
+    before = place = info["configuration"]
     for action in actions:
         place = maze.step(action)[4]["configuration"]
         assert in_a_free_cell(maze, place)

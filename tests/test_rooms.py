@@ -56,7 +56,7 @@ def test_the_wall_is_passed_through_the_door_alone(rooms):
 def test_a_ball_pressed_against_the_wall_stays_in_its_room(rooms):
     for wall in (-0.1, 0.03):
         options = {"start": (-0.2, -0.1), "goal": (0.2, 0.0), "wall": wall, "door": 0.1}
-        rooms.reset(options=options)
+        _, info = rooms.reset(options=options)
         for _ in range(20):
             *_, info = rooms.step(np.array([1.0, 0.0]))
         assert info["state"][0] == pytest.approx(wall - 0.015 - 0.02, abs=0.005)
