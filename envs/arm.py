@@ -220,10 +220,9 @@ def within_bounds(action: np.ndarray, space: gymnasium.Space[Any]) -> np.ndarray
         ValueError: an action of another shape, or one that is not finite.
     """
     action = np.asarray(action)
-    if action.shape != space.shape or not np.isfinite(action).all():
-        raise ValueError(
-            f"action is {action!r}, expected {space.shape[0]} finite numbers in [-1, 1]"
-        )
+    (count,) = space.shape or (0,)
+    if action.shape != (count,) or not np.isfinite(action).all():
+        raise ValueError(f"action is {action!r}, expected {count} finite numbers in [-1, 1]")
     return np.clip(action.astype(np.float64), -1.0, 1.0)
 
 

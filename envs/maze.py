@@ -191,7 +191,7 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError(f"{name} is {value!r}: nearer to a wall than the ball's {radius} m")
         return value
 
-    def _middle(self, cells: np.ndarray) -> np.ndarray:
+    def _middle(self, cells: Any) -> np.ndarray:
         """Return the middles (..., 2) of cells given as (row, column)."""
         return _vertices(self.walls, np.asarray(cells) + 0.5)
 
@@ -208,9 +208,7 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             row, column = self._cell(here)
             around = [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
             following = min(around, key=lambda cell: far[cell])
-            way = (
-                place - here if far[row, column] == 0 else self._middle(np.array(following)) - here
-            )
+            way = place - here if far[row, column] == 0 else self._middle(following) - here
             if far[row, column] == 0 and np.linalg.norm(way) < 0.2 * STEP:
                 return
             yield way / max(STEP, np.linalg.norm(way))
