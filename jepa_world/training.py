@@ -175,7 +175,7 @@ def train(
     if state.step < config.steps:
         raise Stopped(
             f"asked to end, stopped after step {state.step} of {config.steps}; "
-            f"--resume --run-dir {run_dir} goes on from there"
+            f"--resume --run-dir {run_dir} goes on from the last checkpoint"
         )
     return log.last
 
