@@ -129,12 +129,18 @@ class RoomsEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._ways(self._scene.imagine(actions))
 
     def guide(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
-        """Go to places drawn anew, in the other room more often than not, with noise."""
+        """Go to places drawn anew, in the other room more often than not, with noise.
+
+        A third of the ways are straight, whatever stands in them: who has never met the wall does
+        not know that it is one.
+        """
         while True:
             here = np.sign(self._scene.data.qpos[0] - self.wall)
             side = -here if generator.random() < 0.7 else here
             pace = generator.uniform(0.5, 1.0)
-            for action in self._go_to(self._drawn(generator.random(2), side)):
+            place = self._drawn(generator.random(2), side)
+            straight = generator.random() < 1 / 3
+            for action in self._straight_to(place) if straight else self._go_to(place):
                 yield (pace * action + 0.3 * generator.standard_normal(2)).clip(-1, 1)
 
     def expert(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -191,6 +197,14 @@ class RoomsEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             next_place = self._through(here, place)
             way = next_place - here
             if next_place is place and np.linalg.norm(way) < 0.2 * STEP:
+                return
+            yield way / max(STEP, np.linalg.norm(way))
+
+    def _straight_to(self, place: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield actions that lead straight towards a place, at most 15."""
+        for _ in range(15):
+            way = place - self._scene.data.qpos
+            if np.linalg.norm(way) < 0.2 * STEP:
                 return
             yield way / max(STEP, np.linalg.norm(way))
 
