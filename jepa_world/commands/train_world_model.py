@@ -54,12 +54,12 @@ class Regulariser:
     weight: tuple[float, float] | None = None
     """Of sigreg or vicreg against the prediction error at the start, which makes latents hold much,
     and at the end, which leaves them smooth, and distances meaningful. Sigreg .1 and .002, vicreg 1
-    and 1, if not given."""
+    and .02, if not given."""
     slices: int = 256
     """Random directions that sigreg tests at every step."""
 
 
-WEIGHTS = {"sigreg": (0.1, 0.002), "vicreg": (1.0, 1.0)}
+WEIGHTS = {"sigreg": (0.1, 0.002), "vicreg": (1.0, 0.02)}
 
 
 @dataclass(frozen=True)
