@@ -305,19 +305,24 @@ def _flags_of(file: Path, values: dict[str, Any], prefix: str) -> list[str]:
         UserError: a key is no flag, or a value is one.
     """
     try:
-        return _flags(values, prefix)
+        return words_of(values, prefix)
     except ValueError as error:
         raise UserError(f"{str(file)!r} {error}") from error
 
 
-def _flags(values: dict[str, Any], prefix: str) -> list[str]:
+def words_of(values: dict[str, Any], prefix: str = "--") -> list[str]:
+    """Write keys and values as the words of a command line.
+
+    Raises:
+        ValueError: a key is no flag, or a value is one.
+    """
     words: list[str] = []
     for key, value in values.items():
         if not re.fullmatch(r"[A-Za-z_][\w.-]*", str(key)):
             raise ValueError(f"has the key {key!r}, which is no flag")
         flag = prefix + str(key).replace("_", "-")
         if isinstance(value, dict):
-            words.extend(_flags(cast(dict[str, Any], value), flag + "."))
+            words.extend(words_of(cast(dict[str, Any], value), flag + "."))
         elif isinstance(value, bool):
             words.append(flag if value else _negated(flag))
         elif isinstance(value, list):

@@ -17,7 +17,7 @@ TINY = {
     "encoder.width": "4",
     "encoder.stages": "2",
     "predictor.width": "16",
-    "slices": "16",
+    "regulariser.slices": "16",
     "steps": "6",
     "batch-size": "8",
     "log-every": "2",
@@ -40,6 +40,7 @@ COMMANDS = [
     ("train_vjepa", "--teacher", "none"),
     ("train_vjepa", "--teacher", "ema"),
     ("train_world_model",),
+    ("train_world_model", "--regulariser.name", "ema"),
 ]
 
 
@@ -122,16 +123,17 @@ def shell():
 
 @pytest.fixture
 def resumes_exactly(tmp_path):
-    """Assert that training a method on pixels, stopped after five of six steps, goes on exactly."""
+    """Assert that a training on samples that is stopped after five of six steps goes on exactly."""
     from jepa_world.training import Training, make_accelerator, train
 
-    def assert_for(build, pixels):
+    def assert_for(build, pixels, **others):
         def fit(folder, *, stop=99, resume=False):
             steps = iter(range(stop))
 
             def read(index, step):
                 next(steps)
-                return {"pixels": pixels[index], "index": torch.from_numpy(index)}
+                samples = {"pixels": pixels, "index": torch.arange(len(pixels)), **others}
+                return {name: values[index] for name, values in samples.items()}
 
             how = {"steps": 6, "batch_size": 16, "lr": 1e-2, "weight_decay": 0.0, "log_every": 1}
             train(

@@ -360,7 +360,7 @@ def test_one_entry_point_has_all_commands(monkeypatch, capsys):
     assert all(command in run("--help") for command in COMMANDS)
     assert run("paln").startswith("paln: unknown command 'paln'; nearest: plan")
     assert "--checkpoint" in run("plan", "--help")
-    assert "--sigreg-weight" in run("train-world-model", "--help")
+    assert "--regulariser.weight" in run("train-world-model", "--help")
 
 
 def test_a_seed_of_the_planner_is_an_option_that_counts(call, tiny_run, tmp_path):

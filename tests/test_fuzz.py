@@ -139,7 +139,7 @@ def test_a_configuration_file_of_chance(count, tmp_path):
 def test_a_configuration_of_values_of_chance(count, tmp_path):
     import yaml
 
-    keys = ["steps", "encoder", "predictor", "predict", "columns", "sigreg_weight", "data", "trust"]
+    keys = ["steps", "encoder", "predictor", "predict", "columns", "regulariser", "data", "trust"]
 
     def check(given):
         file = tmp_path / "config.yaml"

@@ -389,12 +389,13 @@ import numpy as np, torch
 from jepa_world import SIGReg, WorldModel
 from jepa_world.encoders.conv import ConvEncoder
 from jepa_world.encoders.vit import PooledViTEncoder
-from jepa_world.methods.world_model import Output
+from jepa_world.losses import VICReg
+from jepa_world.methods.world_model import Output, TeacherWorldModel
 from jepa_world.predictors.adaln import AdaLNPredictor
 from jepa_world.predictors.mlp import MLPPredictor
 from jepa_world.training import Training, make_accelerator, train
 
-class Both(torch.nn.Module):
+class All(torch.nn.Module):
     def __init__(self, *models):
         super().__init__()
         self.models = torch.nn.ModuleList(models)
@@ -411,9 +412,12 @@ action = torch.from_numpy(random.uniform(-1, 1, (40, 4, 2)))
 torch.manual_seed(0)
 conv = ConvEncoder((1, 3, 16, 16), dim=8, width=4, stages=2, hidden=6)
 vit = PooledViTEncoder((1, 3, 16, 16), patch=8, dim=8, depth=1, heads=2)
-method = Both(
+small = [ConvEncoder((1, 3, 16, 16), dim=8, width=4, stages=2, hidden=6) for _ in range(2)]
+method = All(
     WorldModel(conv, MLPPredictor(8, 2, width=16), SIGReg(slices=16), weight=0.1),
     WorldModel(vit, AdaLNPredictor(8, 2, width=16, depth=1), SIGReg(slices=16), weight=0.1),
+    WorldModel(small[0], MLPPredictor(8, 2, width=16), VICReg(), weight=0.1),
+    TeacherWorldModel(small[1], MLPPredictor(8, 2, width=16)),
 )
 folder = Path(sys.argv[1])
 train(

@@ -74,25 +74,36 @@ def run(config: Evaluate) -> None:
         made.open(config)
 
     measured = {
-        str(source): _episodes(f"{source}", env, model_policies(agent_of), own, steps)
+        str(source): play(f"{source}", env, model_policies(agent_of), own, steps)
         for source, agent_of in zip(sources, agents, strict=True)
     }
-    others = {"random": _episodes("random", env, random_policies(env), own, steps)}
+    others = {"random": play("random", env, random_policies(env), own, steps)}
     if config.ceiling:
         others |= _ceiling(config, env, own, stride_of(models[0][1]))
     by_model, others = gather(measured), gather(others)
     if number > 0:
         return
+    results = {"env": config.env, "budget": config.budget, "seeds": seeds}
+    made.finish(results | summary(by_model, others, tolerance))
+
+
+def summary(
+    by_model: dict[str, list[Episode]], others: dict[str, list[Episode]], tolerance: float
+) -> dict[str, Any]:
+    """Return, and print, what results.json says of the episodes of models, together and each.
+
+    Args:
+        by_model: The episodes of every model, by its name.
+        others: Of `random` actions and, if there are any, of the `simulator`.
+        tolerance: Largest distance to the goal that counts as success.
+    """
     episodes = [episode for model in by_model.values() for episode in model]
     rates = {name: _rates(rows, tolerance) for name, rows in others.items()}
     results: dict[str, Any] = {
-        "env": config.env,
         **_rates(episodes, tolerance),
         "random_floor": rates["random"],
         "plan_seconds": plan_seconds(episodes),
         "tolerance": tolerance,
-        "budget": config.budget,
-        "seeds": seeds,
         "models": {name: _rates(rows, tolerance) for name, rows in by_model.items()},
         "final_distances": {
             name: [round(row.distances[-1], 5) for row in rows] for name, rows in by_model.items()
@@ -103,7 +114,7 @@ def run(config: Evaluate) -> None:
     for name in ("success_end", "success_ever"):
         rate = results[name]
         print(f"{name}: {rate['rate']:.1%} (n {rate['n']}, 95 %: {rate['low']} to {rate['high']})")
-    made.finish(results)
+    return results
 
 
 def model_policies(agent_of: Callable[[int], Agent]) -> Callable[[int], Policy]:
@@ -128,13 +139,22 @@ def the_same_steps(config: Evaluate, descriptions: list[dict[str, Any]]) -> int:
     return model_steps(config, descriptions[0])
 
 
-def _episodes(
+def play(
     name: str,
     env: gym.Env[Any, Any],
     policy_of: Callable[[int], Policy],
     seeds: Sequence[int],
     steps: int,
 ) -> list[Episode]:
+    """Return the episodes of these seeds, each of so many steps by a policy of its own.
+
+    Args:
+        name: Shown by the progress bar.
+        env: Its reset with a seed gives a start and a goal.
+        policy_of: Makes the policy of an episode, from its seed.
+        seeds: Of the episodes.
+        steps: Of each.
+    """
     progress = tqdm(seeds, name, mininterval=1.0, disable=launched()[0] > 0)
     return [run_episode(env, policy_of(seed), seed, steps) for seed in progress]
 
@@ -151,7 +171,7 @@ def _ceiling(
         return SimulatorPolicy(simulator, build(seed), start, stride=stride)
 
     try:
-        return {"simulator": _episodes("simulator", env, policy_of, seeds, config.budget // stride)}
+        return {"simulator": play("simulator", env, policy_of, seeds, config.budget // stride)}
     except UnsuitedCostError as error:
         print(f"no ceiling, the true simulator gives only costs: {error}")
         return {}

@@ -4,7 +4,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Columns, Trajectories
 from jepa_world.interfaces import ReadsWeights
-from jepa_world.losses import Distance
+from jepa_world.losses import Distance, VICReg
 from jepa_world.methods.vjepa2_ac import VJEPA2AC
-from jepa_world.methods.world_model import WorldModel, build_parts
+from jepa_world.methods.world_model import TeacherWorldModel, WorldModel, build_parts
 from jepa_world.probes import linear_probe_r2
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
@@ -42,6 +42,24 @@ class PredictFlags:
     teacher forcing. With --frozen: steps of the rollout beside teacher forcing, 2 if not given."""
     distance: Distance | None = None
     """Between latents predicted and latents that came: l2, with --frozen l1, if not given."""
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """What keeps latents from collapsing; not with --frozen, where they cannot."""
+
+    name: Literal["sigreg", "vicreg", "ema", "none"] = "sigreg"
+    """sigreg, or to compare with it: vicreg, the variance and covariance terms of VICReg; ema,
+    targets from a moving average of the encoder (momentum .99), without gradient; none, nothing."""
+    weight: tuple[float, float] | None = None
+    """Of sigreg or vicreg against the prediction error at the start, which makes latents hold much,
+    and at the end, which leaves them smooth, and distances meaningful. Sigreg .1 and .002, vicreg 1
+    and .02, if not given."""
+    slices: int = 256
+    """Random directions that sigreg tests at every step."""
+
+
+WEIGHTS = {"sigreg": (0.1, 0.002), "vicreg": (1.0, 0.02)}
 
 
 @dataclass(frozen=True)
@@ -67,11 +85,8 @@ class TrainWorldModel(Training):
     """Frames of a training window; the first is encoded, the others are predicted open loop."""
     predict: PredictFlags = PredictFlags()
     """How far ahead latents are predicted, and how the error is measured."""
-    sigreg_weight: tuple[float, float] = (0.1, 0.002)
-    """Weight of SIGReg against the prediction error at the start, which makes latents hold much,
-    and at the end, which leaves them smooth, and distances meaningful."""
-    slices: int = 256
-    """Random directions that SIGReg tests at every step."""
+    regulariser: Regulariser = Regulariser()
+    """What keeps latents from collapsing."""
     steps: int = 2500
     batch_size: int = 64
     lr: float = 2e-3
@@ -81,9 +96,10 @@ class TrainWorldModel(Training):
 def run(config: TrainWorldModel) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
     use_one_thread()
-    require_at_least(config, frames=2, slices=1, steps=1, batch_size=2, log_every=1)
+    require_at_least(config, frames=2, steps=1, batch_size=2, log_every=1)
     require_at_least(config, lr=0, weight_decay=0, seed=0, checkpoint_every=1)
     check_steps_ahead(config)
+    check_regulariser(config.regulariser)
     made = Run.of("train_world_model", config.run_dir)
     accelerator = make_accelerator(
         *(config.precision, config.loop.log_with, made.folder),
@@ -143,36 +159,43 @@ def describe(config: TrainWorldModel, data: Trajectories) -> dict[str, Any]:
         "action_dim": stride * data.action_dim,
         "encoder": to_dict(config)["encoder"],
         "predictor": to_dict(config)["predictor"],
+        "regulariser": config.regulariser.name if config.frozen is None else "none",
         "jepa_world": jepa_world.__version__,
     }
 
 
 def build_method(
     config: TrainWorldModel, description: dict[str, Any]
-) -> tuple[WorldModel, WorldModel | VJEPA2AC]:
-    """Build the world model, and what trains it: itself, or a predictor on its frozen encoder.
+) -> tuple[WorldModel, WorldModel | TeacherWorldModel | VJEPA2AC]:
+    """Build the world model, and what trains it: itself, a teacher, or a loss of frozen latents.
 
     Its parts may be anybody's, and keep their contracts.
     """
     encoder, predictor = build_parts(description)
     check_encoder(encoder, tuple(description["observation_shape"]))
-    start, end = config.sigreg_weight
+    given, seed = config.regulariser, config.seed
+    start, end = given.weight or WEIGHTS.get(given.name, (0.0, 0.0))
+    known = {"sigreg": SIGReg(slices=given.slices, seed=seed), "vicreg": VICReg()}
+    open_loop = config.predict.open_loop
+    distance = config.predict.distance or ("l1" if config.frozen else "l2")
     model = WorldModel(
-        *(encoder, predictor, SIGReg(slices=config.slices, seed=config.seed)),
+        *(encoder, predictor, known.get(given.name)),
         weight=start,
         final_weight=end,
         steps=config.steps,
-        open_loop=config.predict.open_loop,
-        distance=config.predict.distance or "l2",
+        open_loop=open_loop,
+        distance=distance,
     )
     dim, tokens = model.encoder.dim, model.encoder.num_tokens
     check_predictor(predictor, dim, description["action_dim"], num_tokens=tokens)
-    if config.frozen is None:
-        return model, model
-    load_frozen(encoder, config.frozen)
-    rollout = config.predict.open_loop or min(2, config.frames - 1)
-    distance = config.predict.distance or "l1"
-    return model, VJEPA2AC(encoder, predictor, rollout=rollout, distance=distance)
+    if config.frozen is not None:
+        load_frozen(encoder, config.frozen)
+        rollout = open_loop or min(2, config.frames - 1)
+        return model, VJEPA2AC(encoder, predictor, rollout=rollout, distance=distance)
+    if given.name == "ema":
+        words: Any = {"open_loop": open_loop, "distance": distance}
+        return model, TeacherWorldModel(encoder, predictor, **words)
+    return model, model
 
 
 def load_frozen(encoder: nn.Module, path: Path) -> None:
@@ -262,6 +285,22 @@ def check_steps_ahead(config: TrainWorldModel) -> None:
             f"--predict.open-loop is {steps}: give 1 to {config.frames - 1}, the steps in windows "
             f"of {config.frames} frames"
         )
+
+
+def check_regulariser(given: Regulariser) -> None:
+    """Check that a regulariser has the numbers that it needs, and no others.
+
+    Raises:
+        UserError: a weight below 0 or of nothing, or no slice.
+    """
+    require_at_least(given, "regulariser.", slices=1)
+    if given.weight is None:
+        return
+    if given.name not in WEIGHTS:
+        raise UserError(f"--regulariser.weight: {given.name!r} has none, drop it")
+    if not all(weight >= 0 for weight in given.weight):
+        start, end = given.weight
+        raise UserError(f"--regulariser.weight is {start} {end}: give at least 0")
 
 
 def collect_default(folder: Path) -> None:

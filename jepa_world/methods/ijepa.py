@@ -28,7 +28,7 @@ from jepa_world.data.augmentation import Augmentation, flip_together, random_num
 from jepa_world.interfaces import Encoder, MaskedPredictor
 from jepa_world.losses import DISTANCES, Distance
 from jepa_world.masking import Grid, Masks, MultiBlockMasks
-from jepa_world.methods.world_model import Output
+from jepa_world.methods.world_model import Output, follow
 from jepa_world.nn import projection_head, sum_over_processes, take_tokens
 from jepa_world.registry import UserError
 from jepa_world.sigreg import SIGReg
@@ -248,14 +248,11 @@ class TeacherIJEPA(nn.Module):
         z = take_tokens(_full_precision(z), masks.target)
         return F.layer_norm(z, z.shape[-1:])
 
-    @torch.no_grad()
     def follow(self, step: int) -> None:
         """Move the teacher towards the student, as after optimiser step `step`."""
         self.followed = step
         momentum = self.momentum + (1 - self.momentum) * min(1.0, step / self.steps)
-        teacher, student = (cast(nn.Module, part) for part in (self.encoder, self.student))
-        for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-            slow.lerp_(fast, 1 - momentum)
+        follow(self.get_submodule("encoder"), self.get_submodule("student"), momentum)
 
 
 M = TypeVar("M", IJEPA, TeacherIJEPA)

@@ -6,8 +6,13 @@ No stop-gradient, no EMA teacher, no reconstruction: SIGReg per time step keeps 
 collapsing. The prediction term is open loop over the whole window, unless true latents are to be
 given on the way: every predicted latent is fed back, so that errors which would build up while
 planning are seen in training.
+
+The alternatives, to compare with: VICReg's terms in the place of SIGReg, no regulariser at all, or
+a teacher (`TeacherWorldModel`).
 """
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +25,17 @@ from jepa_world.checkpoint import (
     build_part,
     described_part,
     find_checkpoint,
-    load_weights,
+    load_state,
+    load_tensors,
     observation_shape,
 )
 from jepa_world.config import part_from_dict, read_yaml
 from jepa_world.interfaces import Encoder, FastRollout, Predictor, PrefixRollout
 from jepa_world.losses import DISTANCES, Distance
 from jepa_world.registry import UserError
-from jepa_world.sigreg import SIGReg
+
+Regularise = Callable[[Float[Tensor, "g n d"], int], Float[Tensor, ""]]
+"""Keeps latents from collapsing: what `SIGReg` and `losses.VICReg` are; the int is the step."""
 
 
 class Output(NamedTuple):
@@ -44,9 +52,10 @@ class WorldModel(nn.Module):
     Args:
         encoder: Part that maps video to latents.
         predictor: Part that maps latents and actions to the next latents.
-        sigreg: The regulariser.
-        weight: Of SIGReg (which includes the factor N) against the prediction error, at first:
-            a large weight soon makes the latents hold the whole picture.
+        regulariser: Of the latents of each time step over the batch, `SIGReg` or another; without,
+            nothing but batch norm in the encoder, if it has any, hinders a collapse.
+        weight: Of the regulariser (SIGReg includes the factor N) against the prediction error, at
+            first: a large weight soon makes the latents hold the whole picture.
         final_weight: Where the weight falls to, geometrically: a small one leaves them smooth, so
             that they can be predicted and distances mean something. Constant if not given.
         steps: Of training, over which the weight falls.
@@ -58,6 +67,7 @@ class WorldModel(nn.Module):
         >>> import torch
         >>> from jepa_world.encoders.conv import ConvEncoder
         >>> from jepa_world.predictors.mlp import MLPPredictor
+        >>> from jepa_world.sigreg import SIGReg
         >>> parts = ConvEncoder((1, 3, 64, 64)), MLPPredictor(32, 2), SIGReg(slices=64)
         >>> model = WorldModel(*parts, weight=0.1, final_weight=0.01, steps=1000)
         >>> pixels = torch.randint(0, 256, (8, 4, 64, 64, 3), dtype=torch.uint8)
@@ -70,9 +80,9 @@ class WorldModel(nn.Module):
         self,
         encoder: nn.Module,
         predictor: nn.Module,
-        sigreg: SIGReg,
+        regulariser: Regularise | None = None,
         *,
-        weight: float,
+        weight: float = 1.0,
         final_weight: float | None = None,
         steps: int = 1,
         open_loop: int | None = None,
@@ -81,7 +91,7 @@ class WorldModel(nn.Module):
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
         self.predictor: Predictor = predictor  # type: ignore[assignment]
-        self.sigreg = sigreg
+        self.regulariser = regulariser
         self.weight = weight
         self.final_weight = weight if final_weight is None else final_weight
         self.steps = steps
@@ -97,31 +107,29 @@ class WorldModel(nn.Module):
         z = self.encode(batch["pixels"]).to(whole)
         predicted = self.predict(z, batch["action"]).to(whole)
         prediction = DISTANCES[self.distance](predicted, z[:, 1:])
-        regulariser = self.sigreg(rearrange(z, "b t n d -> (t n) b d"), step)
-        terms = {"prediction": prediction.detach(), "sigreg": regulariser.detach()}
+        terms = {"prediction": prediction.detach()}
         latent = rearrange(z.detach(), "b t n d -> (b t n) d")
+        if self.regulariser is None:
+            return Output(prediction, terms, latent)
+        regular = self.regulariser(rearrange(z, "b t n d -> (t n) b d"), step)
+        terms[type(self.regulariser).__name__.lower()] = regular.detach()
         done = min(1.0, step / self.steps)
         weight = self.weight ** (1 - done) * self.final_weight**done
-        return Output(prediction + weight * regulariser, terms, latent)
+        return Output(prediction + weight * regular, terms, latent)
 
     def predict(
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b t a"]
     ) -> Float[Tensor, "b t-1 n d"]:
         """Predict all latents but the first, from the true ones of every `open_loop`-th step."""
-        last = z.shape[1] - 1
-        stretch = self.open_loop or last
-        starts = range(0, last, stretch)
-        ends = (min(start + stretch, last) for start in starts)
         stretches = [
             self.rollout(z[:, : start + 1], action[:, :end])
-            for start, end in zip(starts, ends, strict=True)
+            for start, end in stretches_of(z.shape[1], self.open_loop)
         ]
         return torch.cat(stretches, 1)
 
     def encode(self, pixels: UInt8[Tensor, "b t hh ww c"]) -> Float[Tensor, "b t n d"]:
         """Encode byte frames, channels last as environments and datasets hold them."""
-        video = rearrange(pixels, "b t hh ww c -> b t c hh ww").to(torch.get_default_dtype()) / 255
-        return self.encoder(video)
+        return self.encoder(as_video(pixels))
 
     def rollout(
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
@@ -130,11 +138,7 @@ class WorldModel(nn.Module):
 
         Actions 0..t-1 belong to the steps of `z`, the rest to the steps that are predicted.
         """
-        if isinstance(self.predictor, PrefixRollout):
-            return self.predictor.rollout_prefixes(z, action[:, None])[:, 0]
-        if isinstance(self.predictor, FastRollout):
-            return self.predictor.rollout(z, action)
-        return rollout(self.predictor, z, action)
+        return roll_out(self.predictor, z, action)
 
     def rollout_plans(
         self, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b s u a"]
@@ -146,6 +150,106 @@ class WorldModel(nn.Module):
         seen = repeat(z, "b t n d -> (b s) t n d", s=samples)
         future = self.rollout(seen, rearrange(action, "b s u a -> (b s) u a"))
         return rearrange(future, "(b s) h n d -> b s h n d", s=samples)
+
+
+class TeacherWorldModel(nn.Module):
+    """The yardstick: targets come from a moving average of the encoder, and nothing regularises.
+
+        loss = mean |predict(z_t, a_t) - z*_{t+1}|^2,   z = student(pixels), z* = encode(pixels)
+
+    No gradient enters z*. It is the teacher of V-JEPA 2 (arXiv 2506.09985, section 2.1: a fixed
+    momentum), its latents as they are, so that predictions can be fed back. Only the frames that
+    the predictor is given are encoded with a gradient. `encoder` is the teacher, and plans;
+    `student` is what is trained. The names of the other weights are a `WorldModel`'s.
+
+    Args:
+        encoder: Part that maps video to latents; copied for the student.
+        predictor: Part that maps latents and actions to the next latents.
+        momentum: Of the average. V-JEPA 2's is .99925, for a hundred times the steps that
+            `configs/world_reach.yaml` has.
+        open_loop: As in `WorldModel`.
+        distance: As in `WorldModel`.
+
+    Example:
+        >>> import torch
+        >>> from jepa_world.encoders.conv import ConvEncoder
+        >>> from jepa_world.predictors.mlp import MLPPredictor
+        >>> model = TeacherWorldModel(ConvEncoder((1, 3, 64, 64)), MLPPredictor(32, 2))
+        >>> pixels = torch.randint(0, 256, (8, 4, 64, 64, 3), dtype=torch.uint8)
+        >>> output = model({"pixels": pixels, "action": torch.zeros(8, 4, 2)}, step=0)
+        >>> sorted(output.terms)
+        ['prediction']
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        predictor: nn.Module,
+        *,
+        momentum: float = 0.99,
+        open_loop: int | None = None,
+        distance: Distance = "l2",
+    ) -> None:
+        super().__init__()
+        self.student: Encoder = copy.deepcopy(encoder)  # type: ignore[assignment]
+        self.encoder: Encoder = encoder.requires_grad_(False)  # type: ignore[assignment]
+        self.predictor: Predictor = predictor  # type: ignore[assignment]
+        self.momentum, self.followed = momentum, -1
+        self.open_loop = open_loop
+        self.distance: Distance = distance
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> Output:
+        """Return the loss of windows as `WorldModel` has it; in training, first follow the student.
+
+        The teacher follows step k at the beginning of step k + 1: a checkpoint between them, and a
+        batch in parts, change nothing.
+        """
+        if self.training and step > 0 and self.followed != step - 1:
+            self.followed = step - 1
+            follow(self.get_submodule("encoder"), self.get_submodule("student"), self.momentum)
+        whole = torch.get_default_dtype()  # out of autocast's half precision
+        video, action = as_video(batch["pixels"]), batch["action"]
+        stretches = stretches_of(video.shape[1], self.open_loop)
+        given = self.student(video[:, : stretches[-1][0] + 1]).to(whole)
+        ahead = [
+            roll_out(self.predictor, given[:, : start + 1], action[:, :end])
+            for start, end in stretches
+        ]
+        with torch.no_grad():
+            z = self.encoder(video).to(whole)
+        prediction = DISTANCES[self.distance](torch.cat(ahead, 1).to(whole), z[:, 1:])
+        latent = rearrange(z, "b t n d -> (b t n) d")
+        return Output(prediction, {"prediction": prediction.detach()}, latent)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the parameters of a teacher towards those of its student; 1 leaves them."""
+    for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+        slow.lerp_(fast, 1 - momentum)
+
+
+def stretches_of(frames: int, open_loop: int | None) -> list[tuple[int, int]]:
+    """Return where a window's predictions begin anew from true latents, and where they end."""
+    last = frames - 1
+    stretch = open_loop or last
+    return [(start, min(start + stretch, last)) for start in range(0, last, stretch)]
+
+
+def as_video(pixels: UInt8[Tensor, "b t hh ww c"]) -> Float[Tensor, "b t c hh ww"]:
+    """Return byte frames, channels last, as encoders have them."""
+    return rearrange(pixels, "b t hh ww c -> b t c hh ww").to(torch.get_default_dtype()) / 255
+
+
+def roll_out(
+    predictor: Predictor, z: Float[Tensor, "b t n d"], action: Float[Tensor, "b u a"]
+) -> Float[Tensor, "b h n d"]:
+    """Predict the h = u - t + 1 latents after `z`, in the way that the predictor offers."""
+    if isinstance(predictor, PrefixRollout):
+        return predictor.rollout_prefixes(z, action[:, None])[:, 0]
+    if isinstance(predictor, FastRollout):
+        return predictor.rollout(z, action)
+    return rollout(predictor, z, action)
 
 
 def rollout(
@@ -230,6 +334,9 @@ def load_world_model(
     if method != "world_model":
         raise UserError(f"{str(folder)!r} holds the method {method!r}, expected 'world_model'")
     file = folder / "model.safetensors"
-    model = WorldModel(*load_parts(description, file, trusted), SIGReg(), weight=0.0)
-    load_weights(model, file)
+    model = WorldModel(*load_parts(description, file, trusted))
+    tensors, _ = load_tensors(file)
+    if description.get("regulariser") == "ema":  # what is trained beside the encoder
+        tensors = {key: value for key, value in tensors.items() if key[:8] != "student."}
+    load_state(model, tensors, str(file))
     return model.eval(), description
