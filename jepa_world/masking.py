@@ -76,7 +76,7 @@ class MultiBlockMasks:
         """Draw the masks of the samples `index` of the data."""
         blocks = math.ceil(4 * self.target / self.scale[0])  # rarely are more needed
         length = math.prod(self.grid)
-        numbers = _uniform(index, self.seed, step, 4 * blocks + 2 * length)
+        numbers = uniform_numbers(index, self.seed, step, 4 * blocks + 2 * length)
         geometry = rearrange(numbers[:, : 4 * blocks], "b (four blocks) -> four b blocks", four=4)
         covered = self._blocks(*geometry)  # (b, blocks, rows, columns)
         none = torch.ones_like(covered[:, :1])
@@ -145,7 +145,7 @@ class RandomMasks:
     def __call__(self, index: Int[Tensor, " b"], step: int) -> Masks:
         """Draw the masks of the samples `index` of the data."""
         places = self.grid[1] * self.grid[2]
-        numbers = _uniform(index, self.seed, step, places + 2 * math.prod(self.grid))
+        numbers = uniform_numbers(index, self.seed, step, places + 2 * math.prod(self.grid))
         place = numbers[:, :places].argsort(1).argsort(1)
         return _masks(self.grid, self.context, self.target, place, numbers[:, places:])
 
@@ -218,7 +218,7 @@ def _masks(
     return Masks(context_index.sort(1).values, target_index.sort(1).values)
 
 
-def _uniform(
+def uniform_numbers(
     index: Int[Tensor, " b"], seed: int, step: int, count: int
 ) -> Float[Tensor, "b count"]:
     """Return `count` numbers in [0, 1) for each sample, a function of (seed, step, sample).

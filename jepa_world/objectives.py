@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 Objective = Callable[
     [Float[Tensor, "b s h n d"], Float[Tensor, "b s h a"], Float[Tensor, "b n d"]],
@@ -87,3 +87,63 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
         return torch.stack(costs).sum(0)
 
     return total
+
+
+class TemporalDistance(nn.Module):
+    """The steps from a latent to a goal's, learned (`methods.temporal_distance`): an `Objective`.
+
+    A goal k steps away is (1 - discount^k) / (1 - discount) away: near goals are told apart
+    exactly, far ones less and less, and none is further than 1 / (1 - discount).
+
+    Args:
+        dim: Width of a latent token.
+        num_tokens: Tokens of a latent.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers.
+        discount: Of a step against the one before it.
+
+    Raises:
+        ValueError: no hidden layer, or a discount outside (0, 1).
+
+    Example:
+        >>> cost = TemporalDistance(32, 1)
+        >>> cost(torch.zeros(2, 5, 10, 1, 32), torch.zeros(2, 5, 10, 4), torch.ones(2, 1, 32)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_tokens: int,
+        *,
+        width: int = 256,
+        depth: int = 3,
+        discount: float = 0.95,
+    ) -> None:
+        super().__init__()
+        if depth < 1 or not 0 < discount < 1:
+            raise ValueError(
+                f"need a hidden layer and a discount in (0, 1), got {depth} and {discount}"
+            )
+        self.discount = discount
+        layers: list[nn.Module] = [nn.Linear(3 * dim * num_tokens, width), nn.SiLU()]
+        for _ in range(depth - 1):
+            layers += [nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(
+        self,
+        z: Float[Tensor, "b s h n d"],
+        plans: Float[Tensor, "b s h a"],
+        goal: Float[Tensor, "b n d"],
+    ) -> Float[Tensor, "b s"]:
+        """Return the distance to the goal, summed over the horizon."""
+        return self.between(z, goal[:, None, None]).sum(-1)
+
+    def between(
+        self, z: Float[Tensor, "*b n d"], goal: Float[Tensor, "*b n d"]
+    ) -> Float[Tensor, "*b"]:
+        """Return the discounted steps from each latent to its goal."""
+        here, there = z.flatten(-2), goal.expand_as(z).flatten(-2)
+        logit = self.layers(torch.cat([here, there, here - there], -1)).squeeze(-1)
+        return logit.float().sigmoid() / (1 - self.discount)

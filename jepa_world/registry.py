@@ -41,6 +41,7 @@ PARTS: dict[str, dict[str, str]] = {
         "grasp": "jepa_world.planners.grasp:GRASP",
         "random_shooting": "jepa_world.planners.random_shooting:RandomShooting",
     },
+    "cost": {"temporal": "jepa_world.objectives:TemporalDistance"},
     "objective": {
         "summed_distance": "jepa_world.objectives:summed_distance",
         "effort": "jepa_world.objectives:effort",

@@ -41,6 +41,7 @@ COMMANDS = [
     ("train_vjepa", "--teacher", "ema"),
     ("train_world_model",),
     ("train_world_model", "--regulariser.name", "ema"),
+    ("train_cost", "--cost.width", 16),
 ]
 
 
@@ -155,10 +156,12 @@ def resumes_exactly(tmp_path):
 
 
 @pytest.fixture
-def words(request, tmp_path, tiny_data, tiny_words):
+def words(request, tmp_path, tiny_data, tiny_words, tiny_run):
     """The command line of a tiny training of every kind, with data of its own."""
     if request.param[0] == "train_world_model":
         return [*request.param, *tiny_words, "--data", tiny_data, *FEW]
+    if request.param[0] == "train_cost":
+        return [*request.param, "--checkpoint", tiny_run, "--data", tiny_data, *FEW]
     if request.param[0] == "train_vjepa":
         from jepa_world.data.motion import letters, write_motion_clips
 

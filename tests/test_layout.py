@@ -28,7 +28,7 @@ MAY_IMPORT = {  # room -> rooms of ours
     "testing": {"objectives", "policies"},
     "probes": {"nn", "sigreg"},
     "data": {"data"},
-    "methods": {"methods", "nn", "sigreg", "masking", "losses", "checkpoint", "data"},
+    "methods": {"methods", "nn", "sigreg", "masking", "losses", "checkpoint", "data", "objectives"},
     "runs": {"checkpoint"},
     "training": {"checkpoint", "probes", "methods", "nn", "runs"},
     "agent": {"methods", "objectives"},

@@ -10,6 +10,12 @@ import pytest
 from conftest import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def label(words):
+    return " ".join(map(str, words))
+
+
 SERVER = """
 import gc, json, os, random, signal, socket, sys, time, traceback
 from functools import partial
@@ -19,7 +25,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from jepa_world.checkpoint import load_tensors
 from jepa_world.commands import main
-from jepa_world.commands import train_ijepa, train_lejepa, train_vjepa, train_world_model
+from jepa_world.commands import train_cost, train_ijepa, train_lejepa, train_vjepa
+from jepa_world.commands import train_world_model
 from jepa_world.encoders import conv, resnet, vit
 from jepa_world.predictors import masked, mlp
 from jepa_world.methods.world_model import Output
@@ -236,14 +243,14 @@ def test_killed_before_any_change_of_a_file_and_resumed_it_equals_one_straight_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", COMMANDS, indirect=True, ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS, indirect=True, ids=label)
 def test_killed_at_random_moments_every_command_equals_one_straight_through(tmp_path, words):
     """Each 20 times with kill -9: while reading, stepping, measuring and writing."""
     serve(tmp_path, "random", words=list(map(str, words)), kills=20)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", COMMANDS[1:5], indirect=True, ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS[1:5], indirect=True, ids=label)
 def test_two_processes_of_every_command_equal_one(tmp_path, words):
     """In float64: after 5 steps all parameters and statistics agree to 1e-9.
 

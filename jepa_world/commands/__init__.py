@@ -16,6 +16,7 @@ from jepa_world.registry import Stopped, UserError, did_you_mean
 COMMANDS = {
     "collect": "Collect",
     "train_world_model": "TrainWorldModel",
+    "train_cost": "TrainCost",
     "train_lejepa": "TrainLejepa",
     "train_ijepa": "TrainIjepa",
     "train_vjepa": "TrainVjepa",

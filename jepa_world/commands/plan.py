@@ -35,6 +35,7 @@ from jepa_world.report import Camera, Film, FrameBank, write_report
 from jepa_world.runs import Run
 from jepa_world.testing import check_objective, check_planner
 
+LEARNED = "learned"  # the name of the objective that a checkpoint holds
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
@@ -46,8 +47,9 @@ class Planning:
     """The environment: `reach`, or any Gymnasium id (module:Id-v0)."""
     planner: Part = Part("cem")
     """Minimises the objective."""
-    objective: tuple[str, ...] = ("summed_distance",)
-    """What a plan costs: names (effort, smoothness, module:function) with weights, effort=0.1."""
+    objective: tuple[str, ...] | None = None
+    """What a plan costs: names (summed_distance, learned, effort, smoothness, module:function) with
+    weights, effort=0.1. Default: learned, with a checkpoint of train_cost, else summed_distance."""
     horizon: int = 10
     """Steps of a plan; only the first is executed before planning again."""
     history: int = 1
@@ -226,19 +228,23 @@ def make_agents(
 ) -> Callable[[int], Agent]:
     """Return what makes the agent of an episode, from the seed of its start and goal."""
     build, start = make_planners(config, env)
-    objective = make_objective(config.objective)
+    objective = make_objective(config.objective, model)
     check_objective(objective, model.encoder.num_tokens, model.encoder.dim, *start.shape)
     return lambda seed: Agent(
         model, build(seed), start, history=config.history, objective=objective
     )
 
 
-def make_objective(terms: Sequence[str]) -> Objective:
+def make_objective(terms: Sequence[str] | None, model: WorldModel) -> Objective:
     """Return the sum of the objectives that are named, each with its weight: `effort=0.1`.
 
+    `learned` is the world model's own cost, what nothing named means where it has one.
+
     Raises:
-        UserError: unknown name, no weight behind the equals sign, or nothing named.
+        UserError: unknown name, no weight behind the equals sign, nothing named, or no such cost.
     """
+    if terms is None:
+        terms = ("summed_distance",) if model.cost is None else (LEARNED,)
     weighted: list[tuple[float, Objective]] = []
     for term in terms:
         name, equals, number = term.partition("=")
@@ -248,7 +254,10 @@ def make_objective(terms: Sequence[str]) -> Objective:
             weight = math.nan
         if not 0 <= weight < math.inf:
             raise UserError(f"--objective {term!r}: {number!r} is no weight, as in effort=0.1")
-        weighted.append((weight, load_function("objective", name)))
+        if name == LEARNED and model.cost is None:
+            raise UserError("--objective learned: the checkpoint has no cost, train_cost makes one")
+        learned = model.cost if name == LEARNED else None
+        weighted.append((weight, learned or load_function("objective", name)))
     if not weighted:
         raise UserError("--objective names nothing to minimise: give summed_distance")
     return weighted_sum(*weighted)

@@ -21,6 +21,7 @@ from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Columns, Trajectories
 from jepa_world.interfaces import ReadsWeights
 from jepa_world.losses import Distance, VICReg
+from jepa_world.methods.temporal_distance import TemporalDistanceLearning
 from jepa_world.methods.vjepa2_ac import VJEPA2AC
 from jepa_world.methods.world_model import TeacherWorldModel, WorldModel, build_parts
 from jepa_world.probes import linear_probe_r2
@@ -55,6 +56,10 @@ class Regulariser:
     """Of sigreg or vicreg against the prediction error at the start, which makes latents hold much,
     and at the end, which leaves them smooth, and distances meaningful. Sigreg .1 and .002, vicreg 1
     and .02, if not given."""
+    change: float | None = None
+    """Also of what changes over a window: its deviation, as a share of that between any two frames.
+    For scenes where much never changes in an episode (rooms): what stays foretells itself, and may
+    be all that latents hold. Nothing if not given."""
     slices: int = 256
     """Random directions that sigreg tests at every step."""
 
@@ -181,6 +186,7 @@ def build_method(
     model = WorldModel(
         *(encoder, predictor, known.get(given.name)),
         weight=start,
+        change=given.change,
         final_weight=end,
         steps=config.steps,
         open_loop=open_loop,
@@ -214,7 +220,10 @@ def load_frozen(encoder: nn.Module, path: Path) -> None:
 
 
 def encode_once(
-    method: VJEPA2AC, store: Trajectories, file: Path, accelerator: Accelerator
+    method: VJEPA2AC | TemporalDistanceLearning,
+    store: Trajectories,
+    file: Path,
+    accelerator: Accelerator,
 ) -> Float[np.ndarray, "f n d"] | None:
     """Encode every frame of a store into a file of float16, each process its share, and open it.
 
@@ -245,7 +254,7 @@ def encode_once(
 
 @torch.no_grad()
 def _encode_share(
-    method: VJEPA2AC,
+    method: VJEPA2AC | TemporalDistanceLearning,
     store: Trajectories,
     latents: Float[np.ndarray, "f n d"],
     accelerator: Accelerator,
@@ -294,6 +303,8 @@ def check_regulariser(given: Regulariser) -> None:
         UserError: a weight below 0 or of nothing, or no slice.
     """
     require_at_least(given, "regulariser.", slices=1)
+    if given.change is not None and (given.name not in WEIGHTS or not 0 < given.change < math.inf):
+        raise UserError(f"--regulariser.change is {given.change}: above 0, of sigreg or vicreg")
     if given.weight is None:
         return
     if given.name not in WEIGHTS:

@@ -173,6 +173,11 @@ class Trajectories:
         ]
         return np.concatenate(starts)
 
+    def frames_after(self, rows: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+        """Count the frames of its episode that come after each frame."""
+        episode = np.searchsorted(self._offsets, rows, side="right") - 1
+        return self._offsets[episode] + self._lengths[episode] - 1 - rows
+
     def read(
         self, starts: Int[np.ndarray, " b"], length: int, stride: int = 1
     ) -> dict[str, np.ndarray]:

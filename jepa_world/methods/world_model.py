@@ -12,6 +12,7 @@ a teacher (`TeacherWorldModel`).
 """
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from jepa_world.checkpoint import (
 from jepa_world.config import part_from_dict, read_yaml
 from jepa_world.interfaces import Encoder, FastRollout, Predictor, PrefixRollout
 from jepa_world.losses import DISTANCES, Distance
+from jepa_world.objectives import TemporalDistance
 from jepa_world.registry import UserError
 
 Regularise = Callable[[Float[Tensor, "g n d"], int], Float[Tensor, ""]]
@@ -56,12 +58,18 @@ class WorldModel(nn.Module):
             nothing but batch norm in the encoder, if it has any, hinders a collapse.
         weight: Of the regulariser (SIGReg includes the factor N) against the prediction error, at
             first: a large weight soon makes the latents hold the whole picture.
+        change: Regularises what changes over a window as well, the last latent less the first: its
+            standard deviation becomes this share of that between any two latents. What never
+            changes in an episode, such as a wall, foretells itself; without this it may be all that
+            latents hold. Not if not given.
         final_weight: Where the weight falls to, geometrically: a small one leaves them smooth, so
             that they can be predicted and distances mean something. Constant if not given.
         steps: Of training, over which the weight falls.
         open_loop: Steps predicted before the true latent is given again: 1 is teacher forcing, as
             in LeWorldModel. The whole window if not given.
         distance: Between latents predicted and latents that came.
+        cost: What imagined latents cost, learned after the rest (`methods.temporal_distance`);
+            agents minimise it in place of the distance between latents.
 
     Example:
         >>> import torch
@@ -83,16 +91,20 @@ class WorldModel(nn.Module):
         regulariser: Regularise | None = None,
         *,
         weight: float = 1.0,
+        change: float | None = None,
         final_weight: float | None = None,
         steps: int = 1,
         open_loop: int | None = None,
         distance: Distance = "l2",
+        cost: TemporalDistance | None = None,
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
         self.predictor: Predictor = predictor  # type: ignore[assignment]
+        self.cost = cost
         self.regulariser = regulariser
         self.weight = weight
+        self.change = change
         self.final_weight = weight if final_weight is None else final_weight
         self.steps = steps
         self.open_loop = open_loop
@@ -113,6 +125,11 @@ class WorldModel(nn.Module):
             return Output(prediction, terms, latent)
         regular = self.regulariser(rearrange(z, "b t n d -> (t n) b d"), step)
         terms[type(self.regulariser).__name__.lower()] = regular.detach()
+        if self.change is not None:
+            change = (z[:, -1] - z[:, 0]) / (math.sqrt(2) * self.change)
+            of_change = self.regulariser(rearrange(change, "b n d -> n b d"), step)
+            terms["change"] = of_change.detach()
+            regular = regular + of_change
         done = min(1.0, step / self.steps)
         weight = self.weight ** (1 - done) * self.final_weight**done
         return Output(prediction + weight * regular, terms, latent)
@@ -306,6 +323,16 @@ def load_parts(
     return encoder, build_part(description, "predictor", *facts, **words)
 
 
+def _load_cost(
+    description: dict[str, Any], encoder: Any, file: Path, trusted: tuple[str, ...]
+) -> TemporalDistance | None:
+    """Build the cost that a checkpoint's `config.yaml` describes, if it describes one."""
+    if "cost" not in description:
+        return None
+    facts = (encoder.dim, encoder.num_tokens)
+    return build_part(description, "cost", *facts, file=file, trusted=trusted)
+
+
 def _checked(encoder: Any, name: str) -> Any:
     """Return a module that keeps the contract of an encoder.
 
@@ -334,9 +361,10 @@ def load_world_model(
     if method != "world_model":
         raise UserError(f"{str(folder)!r} holds the method {method!r}, expected 'world_model'")
     file = folder / "model.safetensors"
-    model = WorldModel(*load_parts(description, file, trusted))
+    encoder, predictor = load_parts(description, file, trusted)
+    model = WorldModel(encoder, predictor, cost=_load_cost(description, encoder, file, trusted))
     tensors, _ = load_tensors(file)
-    if description.get("regulariser") == "ema":  # what is trained beside the encoder
-        tensors = {key: value for key, value in tensors.items() if key[:8] != "student."}
+    beside = {"student": description.get("regulariser") == "ema", "target": "cost" in description}
+    tensors = {key: x for key, x in tensors.items() if not beside.get(key.partition(".")[0])}
     load_state(model, tensors, str(file))
     return model.eval(), description

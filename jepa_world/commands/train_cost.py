@@ -1,0 +1,176 @@
+"""Train what a plan costs: the steps from imagined latents to the goal, on a frozen world model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from jepa_world.checkpoint import find_checkpoint
+from jepa_world.commands import use_one_thread
+from jepa_world.commands.plan import shipped
+from jepa_world.commands.train_world_model import collect_default, encode_once
+from jepa_world.config import Part, require_at_least, to_dict
+from jepa_world.data.trajectories import Columns, Trajectories
+from jepa_world.masking import uniform_numbers
+from jepa_world.methods.temporal_distance import TemporalDistanceLearning
+from jepa_world.methods.world_model import load_world_model
+from jepa_world.registry import UserError
+from jepa_world.runs import Run
+from jepa_world.training import Training, begin, make_accelerator, train
+
+GOALS = 4  # of every frame: two later in its episode, two anywhere
+
+
+@dataclass(frozen=True)
+class TrainCost(Training):
+    """Train a cost for planning: how many steps lie between two latents of a trained world model.
+
+    What is near in latent space may be far to go: behind a wall, or to be pushed there first.
+    Without arguments: on the world model that comes with the package for `reach`.
+    """
+
+    checkpoint: Path | None = None
+    """A run folder of train_world_model; it stays as it is, this run holds a model with the cost.
+    Default: the model shipped for `reach`."""
+    data: Path = Path("data/reach")
+    """Dataset: as the world model's."""
+    columns: Columns = Columns()
+    """Which columns of a dataset of others are the pictures and the actions."""
+    cost: Part = Part("temporal")
+    """The network that learns the distance."""
+    expectile: float = 0.1
+    """0.5: the mean way that the data takes; towards 0, the shortest."""
+    trust: tuple[str, ...] = ()
+    """Packages outside jepa_world whose classes a checkpoint may name."""
+    steps: int = 2000
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+
+
+def run(config: TrainCost) -> None:
+    """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
+    use_one_thread()
+    require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
+    require_at_least(config, lr=0, weight_decay=0, seed=0)
+    if not 0 < config.expectile < 1:
+        raise UserError(f"--expectile is {config.expectile}: give a number between 0 and 1")
+    made = Run.of("train_cost", config.run_dir)
+    accelerator = make_accelerator(
+        *(config.precision, config.loop.log_with, made.folder),
+        accumulate=config.loop.accumulate,
+        compile=config.loop.compile,
+    )
+    if accelerator.is_main_process and config.data == Path("data/reach"):
+        collect_default(config.data)
+    accelerator.wait_for_everyone()
+    model, description = load_world_model(
+        find_checkpoint(config.checkpoint or shipped("reach")), config.trust
+    )
+    store = Trajectories(config.data, pixels=config.columns.pixels, action=config.columns.action)
+    check_frames(store, description)
+    training, held_out = store.split(0.05)
+    stride = description.get("stride", 1)
+    windows = training.windows(2, stride)
+
+    torch.manual_seed(config.seed)
+    facts = (model.encoder.dim, model.encoder.num_tokens)
+    cost = config.cost.build("cost", *facts)
+    method = TemporalDistanceLearning(model, cost, expectile=config.expectile)
+    begin(
+        *(made, config, {**description, "cost": to_dict(config)["cost"]}),
+        *(len(windows), accelerator),
+    )
+    latents = encode_once(method, store, made.folder / "features.npy", accelerator)
+    if latents is not None:
+        training, held_out = (part.with_latents(latents) for part in (training, held_out))
+
+    def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
+        numbers = uniform_numbers(torch.from_numpy(index), config.seed, step, GOALS).numpy()
+        return triples(training, windows, windows[index], numbers, stride, cost.discount)
+
+    last = train(
+        *(method, read, len(windows), config),
+        accelerator=accelerator,
+        run_dir=made.folder,
+        evaluate=lambda: ranks_steps(method, held_out, stride, accelerator),
+    )
+    if accelerator.is_main_process:
+        (made.folder / "features.npy").unlink(missing_ok=True)
+        made.finish({**last, "seed": config.seed, **store.skipped.results()})
+
+
+def check_frames(store: Trajectories, description: dict[str, Any]) -> None:
+    """Check that a dataset's frames are what the world model sees.
+
+    Raises:
+        UserError: they are of another shape, or of another environment.
+    """
+    trained = description.get("env")
+    if None not in (trained, store.env) and trained != store.env:
+        raise UserError(f"{store.path} was collected in {store.env!r}, the model is of {trained!r}")
+    _, channels, *size = description["observation_shape"]
+    rows, columns, depth = store.frame_shape
+    if [rows, columns, depth] != [*size, channels]:
+        raise UserError(
+            f"frames of {store.path} are {store.frame_shape}, the world model's "
+            f"{(*size, channels)}: give the data it was trained on"
+        )
+
+
+def triples(
+    data: Trajectories,
+    windows: Int[np.ndarray, " w"],
+    rows: Int[np.ndarray, " b"],
+    numbers: Float[np.ndarray, "b g"],
+    stride: int,
+    discount: float,
+) -> dict[str, Tensor]:
+    """Read frames, those a step later, and goals: two later ones, near and at any time, two others.
+
+    Args:
+        data: The episodes.
+        windows: The frames that goals anywhere are taken from.
+        rows: The frames; each has one a step later in its episode.
+        numbers: Uniform in [0, 1): they choose the goals.
+        stride: Frames of a step.
+        discount: Near goals lie 1 / (1 - discount) steps ahead on average.
+    """
+    left = data.frames_after(rows) // stride
+    soon = np.ceil(np.log1p(-numbers[:, 0]) / np.log(discount)).clip(1, left)
+    ahead = np.stack([soon, 1 + np.floor(numbers[:, 1] * left)], 1).astype(np.int64)
+    anywhere = windows[np.floor(numbers[:, 2:] * len(windows)).astype(np.int64)]
+    later = rows[:, None] + stride * ahead
+    frames = np.concatenate([rows[:, None], rows[:, None] + stride, later, anywhere], 1)
+    batch = data.read(frames.ravel(), 1)
+    name = "latent" if "latent" in batch else "pixels"
+    seen = batch[name].reshape(*frames.shape, *batch[name].shape[2:])
+    reached = np.concatenate([ahead == 1, np.zeros(anywhere.shape, bool)], 1)
+    return {name: torch.from_numpy(seen), "reached": torch.from_numpy(reached)}
+
+
+@torch.no_grad()
+def ranks_steps(
+    method: TemporalDistanceLearning, data: Trajectories, stride: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Compare distances with the steps that held-out episodes took from frame to frame.
+
+    Returns:
+        `steps_rank`: Spearman's correlation over 2,000 pairs; an episode's ways are not the
+        shortest, so that 1 is not to be had.
+    """
+    random = np.random.default_rng(0)
+    rows = random.choice(data.windows(2, stride), 2000)
+    ahead = 1 + np.floor(random.random(2000) * (data.frames_after(rows) // stride)).astype(np.int64)
+    batch = data.read(np.concatenate([rows, rows + stride * ahead]), 1)
+    seen = {key: torch.from_numpy(x).to(accelerator.device) for key, x in batch.items()}
+    z = seen["latent"] if "latent" in seen else method.encode(seen["pixels"])
+    here, there = z[:, 0].chunk(2)
+    distance = method.cost.between(here, there).cpu().numpy()
+    return {"steps_rank": float(spearmanr(distance, ahead).statistic)}

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from jepa_world.checkpoint import load_tensors
+from jepa_world.commands.train_cost import triples
+from jepa_world.data.trajectories import Trajectories, write_shard
+from jepa_world.methods.temporal_distance import TemporalDistanceLearning
+from jepa_world.methods.world_model import WorldModel, load_world_model
+from jepa_world.objectives import TemporalDistance
+from jepa_world.testing import check_objective
+
+RING = 8
+NO = ("--precision", "no")
+
+
+class Circle(nn.Module):
+    """Encodes frame number k, a byte, as a place on a circle."""
+
+    dim, num_tokens = 2, 1
+
+    def forward(self, video, keep=None):
+        angle = video[:, :, 0, 0, 0] * 255 * (2 * torch.pi / RING)
+        return torch.stack([angle.cos(), angle.sin()], -1).unsqueeze(2)
+
+
+def learned(expectile=0.1, steps=600):
+    """The distance on a ring that is walked one way around, by ones and at times by rests."""
+    torch.manual_seed(0)
+    places = torch.arange(RING).view(RING, 1, 1, 1)
+    z = Circle()(places.expand(RING, 1, 1, 1).unsqueeze(1) / 255.0)[:, 0]
+    cost = TemporalDistance(2, 1, width=64, depth=2, discount=0.9)
+    method = TemporalDistanceLearning(
+        WorldModel(Circle(), nn.Identity()), cost, expectile=expectile, momentum=0.9
+    )
+    optimizer = torch.optim.Adam(cost.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        here, goal = torch.randint(RING, (2, 128), generator=generator)
+        rests = torch.rand(128, generator=generator) < 0.5
+        following = (here + ~rests) % RING
+        latent = torch.stack([z[here], z[following], z[goal]], 1)
+        output = method({"latent": latent, "reached": (following == goal)[:, None]}, step)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return cost.between(z[:, None].expand(-1, RING, 1, 2), z[None])
+
+
+def test_the_distance_is_the_shortest_way_and_knows_one_way_streets():
+    distance = learned()
+    steps = (torch.arange(RING) - torch.arange(RING)[:, None]) % RING
+    true = (1 - 0.9**steps) / (1 - 0.9)
+    assert (distance - true).abs().max() < 1.0
+    assert distance[0, RING - 1] > distance[RING - 1, 0] + 3
+    later = learned(expectile=0.5)  # half of all steps are rests: the mean way is longer
+    assert later[0, 3] > distance[0, 3] + 0.5
+
+
+def test_the_distance_keeps_the_contract_of_an_objective():
+    check_objective(TemporalDistance(32, 2), 2, 32, 5, 3)
+    with pytest.raises(ValueError, match="a discount in"):
+        TemporalDistance(4, 1, discount=1.0)
+
+
+def test_goals_lie_later_in_the_episode_and_what_is_reached_is_the_next_frame(tmp_path):
+    frames = [np.full((n, 2, 2, 3), 0, np.uint8) for n in (9, 5)]
+    for number, frame in enumerate(frames):
+        frame += (100 * number + np.arange(len(frame), dtype=np.uint8))[:, None, None, None]
+    episodes = [{"pixels": f, "action": np.zeros((len(f), 1), np.float32)} for f in frames]
+    write_shard(tmp_path / "a.h5", episodes)
+    data = Trajectories(tmp_path)
+    windows = data.windows(2, 2)
+    numbers = np.random.default_rng(0).random((len(windows), 4))
+    batch = triples(data, windows, windows, numbers, 2, 0.8)
+    seen = batch["pixels"][:, :, 0, 0, 0].long().numpy()
+    here, following, goals = seen[:, 0], seen[:, 1], seen[:, 2:]
+    assert (following == here + 2).all() and (goals[:, :2] // 100 == here[:, None] // 100).all()
+    assert (goals[:, :2] > here[:, None]).all() and ((goals[:, :2] - here[:, None]) % 2 == 0).all()
+    assert (batch["reached"].numpy()[:, :2] == (goals[:, :2] == following[:, None])).all()
+    assert not batch["reached"][:, 2:].any()
+
+
+def test_the_command_leaves_the_model_as_it_was_and_agents_use_the_cost(
+    call, tiny_run, tiny_data, tmp_path
+):
+    words = ("--data", tiny_data, "--steps", 3, "--batch-size", 8, "--cost.width", 16, *NO)
+    ended = call("train_cost", "--checkpoint", tiny_run, *words, "--run-dir", tmp_path / "run")
+    assert ended.code == 0, ended.stderr
+    model, description = load_world_model(tmp_path / "run")
+    assert description["cost"]["width"] == 16 and isinstance(model.cost, TemporalDistance)
+    before, _ = load_tensors(tiny_run / "checkpoint" / "model.safetensors")
+    after, _ = load_tensors(tmp_path / "run" / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+    planned = ("--episodes", 1, "--budget", 2, "--run-dir", tmp_path / "plan")
+    assert call("plan", "--checkpoint", tmp_path / "run", *planned).code == 0
+    refused = call("plan", "--checkpoint", tiny_run, "--objective", "learned").complaint()
+    assert "the checkpoint has no cost, train_cost makes one" in refused
+
+
+def test_another_dataset_is_refused(call, tiny_run, tiny_data, tmp_path):
+    refused = call("train_cost", "--checkpoint", tiny_run, "--data", tmp_path, *NO).complaint()
+    assert "has no .h5 file" in refused
+    other = yaml.safe_load((tiny_data / "dataset.yaml").read_text())
+    other["settings"]["env"] = "jepa_world/Maze-v0"
+    for file in tiny_data.glob("*.h5"):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump(other))
+    refused = call("train_cost", "--checkpoint", tiny_run, "--data", tmp_path, *NO).complaint()
+    assert "collected in 'jepa_world/Maze-v0', the model is of 'jepa_world/Reach-v0'" in refused
