@@ -101,21 +101,39 @@ def _warning(report: CollapseReport, n: int, dim: int) -> str:
     return ""
 
 
-@torch.no_grad()
 def linear_probe_r2(
     fit_z: Float[Tensor, "n d"],
     fit_y: Float[Tensor, "n k"],
     z: Float[Tensor, "m d"],
     y: Float[Tensor, "m k"],
 ) -> Float[Tensor, " k"]:
-    """Return R^2 on (z, y) of a ridge regression fitted on (fit_z, fit_y), by target.
+    """Return R^2 on (z, y) of a ridge regression fitted on (fit_z, fit_y), by target."""
+    return r_squared(linear_read_out(fit_z, fit_y)(z), y)
 
-    At most 1; below 0 the read-out is worse than the mean of `y`. Features are standardised by
-    `fit_z`; every target has the decay, of 1e-8 to 10, with the least error when each sample of the
-    fit is foretold from the others.
+
+def r_squared(predicted: Float[Tensor, "m k"], y: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:
+    """Return the share of the variance of `y` that is told, by target.
+
+    At most 1; below 0 what is predicted is worse than the mean of `y`.
     """
-    fit_x, x = standardise(fit_z.double().cpu(), z.double().cpu())
-    fit_y, y = fit_y.double().cpu(), y.double().cpu()
+    y = y.double().cpu()
+    error = y - predicted.double().cpu()
+    return 1 - error.square().sum(0) / (y - y.mean(0)).square().sum(0)
+
+
+ReadOut = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m k"]]
+"""What numbers a fitted probe reads from features."""
+
+
+@torch.no_grad()
+def linear_read_out(fit_z: Float[Tensor, "n d"], fit_y: Float[Tensor, "n k"]) -> ReadOut:
+    """Return a ridge regression fitted on (fit_z, fit_y).
+
+    Features are standardised by `fit_z`; every target has the decay, of 1e-8 to 10, with the least
+    error when each sample of the fit is foretold from the others.
+    """
+    fit_z, fit_y = fit_z.double().cpu(), fit_y.double().cpu()
+    (fit_x,) = standardise(fit_z)
     directions = principal_directions(fit_x)
     scores, centred = fit_x @ directions, fit_y - fit_y.mean(0)
     sizes, along = scores.square().sum(0), scores.T @ centred
@@ -126,8 +144,44 @@ def linear_probe_r2(
     alone = left / (1 - told_by_itself[..., None]).clamp(min=1e-9)
     best = shrunk[alone.square().sum(1).argmin(0)]  # by target and direction
     weights = directions @ (best.T * along)
-    error = y - fit_y.mean(0) - x @ weights
-    return 1 - error.square().sum(0) / (y - y.mean(0)).square().sum(0)
+    return lambda z: fit_y.mean(0) + standardise(fit_z, z.double().cpu())[1] @ weights
+
+
+def mlp_read_out(
+    fit_z: Float[Tensor, "n d"],
+    fit_y: Float[Tensor, "n k"],
+    *,
+    width: int = 256,
+    epochs: int = 60,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> ReadOut:
+    """Return a network of two hidden layers fitted on (fit_z, fit_y), all targets at once.
+
+    Features and targets are standardised by the fit; AdamW, the learning rate falls by a cosine.
+    """
+    mean, std = fit_y.mean(0), fit_y.std(0).clamp(min=1e-6)
+    x, target = standardise(fit_z.float())[0], ((fit_y - mean) / std).to(fit_z).float()
+    random = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = (nn.Linear(x.shape[1], width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        network = nn.Sequential(*layers, nn.Linear(width, target.shape[1])).to(x.device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    steps = epochs * -(-len(x) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x), generator=random).split(batch_size):
+            optimizer.zero_grad()
+            F.mse_loss(network(x[index]), target[index]).backward()
+            optimizer.step()
+            schedule.step()
+
+    @torch.no_grad()
+    def read(z: Tensor) -> Tensor:
+        return network(standardise(fit_z.float(), z.float())[1]).to(mean) * std + mean
+
+    return read
 
 
 def principal_directions(x: Float[Tensor, "n d"]) -> Float[Tensor, "d r"]:
