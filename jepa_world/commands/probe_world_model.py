@@ -23,7 +23,7 @@ from jepa_world.data.trajectories import Trajectories, write_shard
 from jepa_world.envs import Quantity
 from jepa_world.evaluation import Separation
 from jepa_world.interfaces import ImplausibleEnv, NamedStateEnv
-from jepa_world.methods.decoder import Decoder
+from jepa_world.methods.decoder import Decoder, small
 from jepa_world.methods.world_model import WorldModel, load_parts, load_world_model
 from jepa_world.pictures import Strip, contact_sheet
 from jepa_world.policies import actions_of, usual_policy
@@ -110,7 +110,7 @@ def run(config: ProbeWorldModel) -> None:
     print_factors(results["factors"])
     if config.decoder_steps:
         decoder = fit_decoder(z["model"][0], fit.pixels, config, made.folder)
-        results["decoder_R^2"] = pixel_r2(decoder, z["model"][1], held.pixels, fit.pixels)
+        results["decoder_R^2"] = pixel_r2(decoder, z["model"][1], held)
         draw(made.folder, decoder, model, held, films, config.history)
         print(f"\nR^2 of the decoder on pixels of held-out frames: {results['decoder_R^2']:.3f}")
     made.finish(results)
@@ -454,7 +454,8 @@ def fit_decoder(
     """Train a decoder on latents as they are."""
     latents, frames = z[:, -1], pixels[:, -1]
     torch.manual_seed(config.seed)
-    decoder = Decoder(latents.shape[1], frames.shape[1:])
+    some = torch.from_numpy(frames[:: max(1, len(frames) // 1000)])
+    decoder = Decoder(latents.shape[1], small(some).mean(0))
 
     def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
         return {"latent": latents[index], "pixels": torch.from_numpy(frames[index])}
@@ -463,6 +464,7 @@ def fit_decoder(
         steps=config.decoder_steps,
         batch_size=min(32, len(latents)),
         lr=3e-3,
+        weight_decay=1e-4,
         seed=config.seed,
         checkpoint_every=config.decoder_steps,
     )
@@ -472,20 +474,14 @@ def fit_decoder(
 
 
 @torch.no_grad()
-def pixel_r2(
-    decoder: Decoder,
-    z: Float[Tensor, "n t d"],
-    pixels: UInt8[np.ndarray, "n t hh ww c"],
-    fit_pixels: UInt8[np.ndarray, "m t hh ww c"],
-) -> float:
+def pixel_r2(decoder: Decoder, z: Float[Tensor, "n t d"], held: Windows) -> float:
     """Return the share of the variance of pixels, about the mean picture, that is drawn."""
-    mean = decoder.small(torch.from_numpy(fit_pixels[:500, -1])).mean(0)
     error = variance = 0.0
-    frames = torch.from_numpy(pixels[:, -1])
+    frames = torch.from_numpy(held.pixels[:, -1])
     for part, shown in zip(z[:, -1].split(500), frames.split(500), strict=True):
-        wanted = decoder.small(shown)
+        wanted = small(shown)
         error += float((decoder.decode(part) - wanted).square().sum())
-        variance += float((mean - wanted).square().sum())
+        variance += float((decoder.mean - wanted).square().sum())
     return round(1 - error / variance, 4)
 
 
