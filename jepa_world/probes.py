@@ -1,6 +1,7 @@
 """What features are worth, without training the encoder, and whether they have collapsed."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict, cast
 
 import numpy as np
@@ -153,20 +154,44 @@ def mlp_read_out(
     *,
     width: int = 256,
     epochs: int = 60,
-    batch_size: int = 128,
     seed: int = 0,
 ) -> ReadOut:
     """Return a network of two hidden layers fitted on (fit_z, fit_y), all targets at once.
 
-    Features and targets are standardised by the fit; AdamW, the learning rate falls by a cosine.
+    Features and targets are standardised by the fit. Every target is read by the network of the
+    epoch that was best at it on the last sixth of the fit, which is held back: where neighbouring
+    rows are frames of one episode, most of it is other episodes.
     """
     mean, std = fit_y.mean(0), fit_y.std(0).clamp(min=1e-6)
     x, target = standardise(fit_z.float())[0], ((fit_y - mean) / std).to(fit_z).float()
-    random = torch.Generator().manual_seed(seed)
+    kept = len(x) - len(x) // 6
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = (nn.Linear(x.shape[1], width), nn.GELU(), nn.Linear(width, width), nn.GELU())
         network = nn.Sequential(*layers, nn.Linear(width, target.shape[1])).to(x.device)
+    least, best = [float("inf")] * target.shape[1], [network] * target.shape[1]
+    for now in _epochs(network, x[:kept], target[:kept], epochs, seed):
+        with torch.no_grad():
+            errors = (now(x[kept:]) - target[kept:]).square().mean(0).tolist()
+        better = [error < lowest for error, lowest in zip(errors, least, strict=True)]
+        best = [now if is_better else old for is_better, old in zip(better, best, strict=True)]
+        least = [min(pair) for pair in zip(errors, least, strict=True)]
+
+    @torch.no_grad()
+    def read(z: Tensor) -> Tensor:
+        features = standardise(fit_z.float(), z.float())[1]
+        told = {one: one(features) for one in set(best)}
+        columns = [told[one][:, place] for place, one in enumerate(best)]
+        return torch.stack(columns, 1).to(mean) * std + mean
+
+    return read
+
+
+def _epochs(
+    network: nn.Module, x: Tensor, target: Tensor, epochs: int, seed: int, *, batch_size: int = 128
+) -> Iterator[nn.Module]:
+    """Train by AdamW with a cosine, and yield the network as it is after every epoch."""
+    random = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     steps = epochs * -(-len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -176,12 +201,7 @@ def mlp_read_out(
             F.mse_loss(network(x[index]), target[index]).backward()
             optimizer.step()
             schedule.step()
-
-    @torch.no_grad()
-    def read(z: Tensor) -> Tensor:
-        return network(standardise(fit_z.float(), z.float())[1]).to(mean) * std + mean
-
-    return read
+        yield copy.deepcopy(network)
 
 
 def principal_directions(x: Float[Tensor, "n d"]) -> Float[Tensor, "d r"]:

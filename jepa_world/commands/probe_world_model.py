@@ -33,7 +33,7 @@ from jepa_world.runs import Run
 from jepa_world.sigreg import SIGReg
 from jepa_world.training import Training, make_accelerator, train
 
-STEPS = 40  # of an episode that is collected here
+STEPS = 40  # of an episode that is collected here, at least
 PAIRS, BYTES, NUMBERS = 4000, 2**28, 2**24  # the most that is fitted on: pairs of frames, pixels,
 # and numbers of their latents
 VARIES = 1e-4  # in the unit of a quantity: R^2 of what varies less says nothing
@@ -125,14 +125,8 @@ class Windows(NamedTuple):
 
     @classmethod
     def read(cls, store: Trajectories, length: int, stride: int, at_most: int) -> "Windows":
-        """Read windows that are evenly spread over a set.
-
-        Raises:
-            UserError: all episodes are shorter.
-        """
+        """Read windows that are evenly spread over a set."""
         starts = store.windows(length, stride)
-        if len(starts) == 0:
-            raise UserError(f"no held-out episode has {length} frames: give a smaller --horizon")
         chosen = np.linspace(0, len(starts) - 1, min(at_most, len(starts))).astype(int)
         batch = store.read(starts[chosen], length, stride)
         columns = {name: batch[name] for name in STATE_COLUMNS if name in batch}
@@ -158,7 +152,7 @@ def open_store(path: Path, description: dict[str, Any]) -> Trajectories:
     Raises:
         UserError: no dataset, or frames, actions or an environment of another kind.
     """
-    store = Trajectories(path)
+    store = Trajectories(path, cache_bytes=0)  # few of its frames are read
     _, channels, rows, columns = description["observation_shape"]
     for what, has, expects in (
         ("frames", store.frame_shape, (rows, columns, channels)),
@@ -184,7 +178,7 @@ def read_sets(
     """
     if store is None:
         with TemporaryDirectory() as folder:
-            store = collected(env, config, Path(folder))
+            store = collected(env, config, stride, Path(folder))
             return _read_sets(store.split(0.25), config, model, stride)
     return _read_sets(store.split(0.05), config, model, stride)
 
@@ -199,20 +193,26 @@ def _read_sets(
     frame = int(np.prod(training.frame_shape))
     width = model.encoder.num_tokens * model.encoder.dim
     most = min(PAIRS, max(20, min(BYTES // frame, NUMBERS // width) // 2))
+    longest = (int(held_out.lengths.max()) - 1) // stride + 1
+    if longest <= config.history:
+        raise UserError(f"held-out episodes have {longest} frames: too few for the --history")
     return (
         Windows.read(training, 2, stride, most),
         Windows.read(held_out, 2, stride, most // 2),
-        Windows.read(held_out, config.history + config.horizon, stride, 3),
+        Windows.read(held_out, min(longest, config.history + config.horizon), stride, 3),
     )
 
 
-def collected(env: gym.Env[Any, Any], config: ProbeWorldModel, folder: Path) -> Trajectories:
+def collected(
+    env: gym.Env[Any, Any], config: ProbeWorldModel, stride: int, folder: Path
+) -> Trajectories:
     """Collect episodes of the usual policy into a folder."""
+    steps = max(STEPS, stride * (config.history + config.horizon - 1))
 
     def episodes() -> Iterator[dict[str, Any]]:
         for number in tqdm(range(config.episodes), "collecting", mininterval=1.0):
             generator, seed = randomness(config.seed, "episodes", number)
-            yield play(env, actions_of(env, usual_policy(env), generator, STEPS), seed)
+            yield play(env, actions_of(env, usual_policy(env), generator, steps), seed)
 
     write_shard(folder / "shard-00000.h5", episodes())
     return Trajectories(folder)
