@@ -84,10 +84,12 @@ def run(config: ProbeWorldModel) -> None:
     model, description = load_world_model(source, config.trust)
     stride = stride_of(description)
     env = open_steps(config.env, description)
-    store = config.data and open_store(config.data, description)
+    store = open_store(config.data, description) if config.data else None
     made.open(config)
     fit, held, films = read_sets(store, env, config, model, stride)
-    units, values, held_values = name_numbers(env, fit, held)
+    named = quantities_of(env, fit.last())
+    units = {q.name: q.unit for quantities in named.values() for q in quantities}
+    values, held_values = (values_of(part.last(), named) for part in (fit, held))
     models = {"model": model, "random encoder": untrained(source, description, config)}
     z = {name: [encode(one, part.pixels) for part in (fit, held)] for name, one in models.items()}
 
@@ -104,7 +106,7 @@ def run(config: ProbeWorldModel) -> None:
         "units": units,
         "R^2": told,
         "surprise": surprise(model, env, config, stride),
-        "factors": robustness(model, fitted["model"]["one latent"], env, config),
+        "factors": robustness(model, fitted["model"]["one latent"], env, named, config),
     }
     print_surprise(results["surprise"])
     print_factors(results["factors"])
@@ -131,6 +133,10 @@ class Windows(NamedTuple):
         batch = store.read(starts[chosen], length, stride)
         columns = {name: batch[name] for name in STATE_COLUMNS if name in batch}
         return cls(batch["pixels"], batch["action"], columns)
+
+    def last(self) -> dict[str, Float[np.ndarray, "n k"]]:
+        """Return what else is stored of the last frame of every window."""
+        return {name: rows[:, -1] for name, rows in self.columns.items()}
 
 
 def open_steps(name: str | None, description: dict[str, Any]) -> gym.Env[Any, Any]:
@@ -223,16 +229,6 @@ def randomness(seed: int, purpose: str, number: int) -> tuple[np.random.Generato
     purposes = ("episodes", "moments", "starts")
     sequence = np.random.SeedSequence(seed, spawn_key=(purposes.index(purpose), number))
     return np.random.default_rng(sequence), int(sequence.generate_state(1)[0])
-
-
-def name_numbers(
-    env: gym.Env[Any, Any], fit: Windows, held: Windows
-) -> tuple[dict[str, str], Values, Values]:
-    """Return the units of all quantities, and their values at the last frames of windows."""
-    last = [{k: rows[:, -1] for k, rows in part.columns.items()} for part in (fit, held)]
-    named = quantities_of(env, last[0])
-    units = {q.name: q.unit for quantities in named.values() for q in quantities}
-    return units, *(values_of(columns, named) for columns in last)
 
 
 def quantities_of(
@@ -407,7 +403,11 @@ def play_moment(
 
 
 def robustness(
-    model: WorldModel, read_outs: ReadOuts, env: gym.Env[Any, Any], config: ProbeWorldModel
+    model: WorldModel,
+    read_outs: ReadOuts,
+    env: gym.Env[Any, Any],
+    named: Mapping[str, Sequence[Quantity]],
+    config: ProbeWorldModel,
 ) -> dict[str, dict[str, Any]]:
     """Return, by factor, R^2 of probes fitted without it and the share that it moves latents by.
 
@@ -415,17 +415,16 @@ def robustness(
     mean distance between the two latents over that between two starts. Nothing of an environment
     without factors.
     """
-    plain, info = env.reset(seed=0)
+    _, info = env.reset(seed=0)
     if "factors" not in info:
         return {}
+    if not named.keys() <= info.keys():  # known of a dataset only
+        named, read_outs = {}, {}
     numbers = range(config.moments)
     seeds = [randomness(config.seed, "starts", number)[1] for number in numbers]
     pairs = [env.reset(seed=seed, options={"factors": None}) for seed in seeds]
     plain = encode(model, np.stack([seen for seen, _ in pairs])[:, None])[:, 0]
-    columns = {
-        name: np.stack([info[name] for _, info in pairs]) for name in STATE_COLUMNS if name in info
-    }
-    values = values_of(columns, quantities_of(env, columns))
+    values = values_of({c: np.stack([info[c] for _, info in pairs]) for c in named}, named)
     apart = (plain - plain.roll(1, 0)).norm(dim=1).mean()
     found: dict[str, dict[str, Any]] = {"none": _told(read_outs, plain, values, 0.0)}
     for factor in tqdm(info["factors"], "varying"):
@@ -552,7 +551,7 @@ def print_factors(found: dict[str, dict[str, Any]]) -> None:
     for factor, row in found.items():
         cells = ""
         for probe in PROBES:
-            r2 = list(row[probe].values())
+            r2 = list(row.get(probe, {}).values())
             told = f"{np.mean(r2):.3f}, {min(r2):.3f}" if r2 else "-"
             cells += f"{told:>20}"
         print(f"{factor:<24}{cells}{row['shift']:>10.1%}")
