@@ -349,7 +349,8 @@ def surprise(
         play_moment(env, config, stride, number)
         for number in tqdm(range(config.moments), "surprising", mininterval=1.0)
     ]
-    frames, actions = (np.stack([m[part] for m in moments]) for part in range(2))
+    frames = np.stack([m.frames for m in moments])
+    actions = np.stack([m.actions for m in moments])
     before = torch.from_numpy(frames[:, :-1])
     following = {"real": frames[:, -1]}
     following |= {kind: np.stack([m.odd[kind] for m in moments]) for kind in moments[0].odd}
@@ -389,11 +390,11 @@ def play_moment(
     frames, taken = [env.reset(seed=seed)[0]], []
     actions = actions_of(env, usual_policy(env), generator, steps * stride)
     for _ in range(steps):
-        block = []
+        block, seen = [], frames[-1]
         for action in islice(actions, stride):
-            observation, *_ = env.step(action)
+            seen, *_ = env.step(action)
             block.append(action)
-        frames.append(observation)
+        frames.append(seen)
         taken.append(np.concatenate(block))
     inner: Any = env.unwrapped
     kept = config.history

@@ -74,6 +74,8 @@ class Decoder(nn.Module):
 def small(pixels: UInt8[Tensor, "b hh ww c"]) -> Float[Tensor, "b c hh ww"]:
     """Return frames as a decoder is to draw them: 0 to 1, at most `SIDE` pixels a side."""
     images = rearrange(pixels, "b hh ww c -> b c hh ww").float() / 255
-    scale = max(1.0, max(images.shape[2:]) / SIDE)
-    sides = [round(side / scale) for side in images.shape[2:]]
-    return images if scale == 1 else F.adaptive_avg_pool2d(images, sides)
+    rows, columns = images.shape[2:]
+    scale = max(rows, columns) / SIDE
+    if scale <= 1:
+        return images
+    return F.adaptive_avg_pool2d(images, (round(rows / scale), round(columns / scale)))
