@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 from gymnasium.envs.registration import EnvSpec, load_env_creator
@@ -32,6 +32,15 @@ SHORT_NAMES = {
 }
 
 EXTRAS = {"imageio": "gymnasium", "ogbench": "ogbench"}  # module that is missing -> what brings it
+
+
+class Quantity(NamedTuple):
+    """A number that an environment reports: its name, its unit, and where an angle repeats."""
+
+    name: str
+    unit: str
+    period: float = 0.0
+    """Of an angle, in its unit; 0 for what does not repeat."""
 
 
 class EnvError(RuntimeError):

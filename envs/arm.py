@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from jepa_world.envs import panda
+from jepa_world.envs import Quantity, panda
 from jepa_world.envs.tasks import Factor, Scene, color, known_options, light, scaled, shifted
 
 import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
@@ -26,8 +26,12 @@ JOINT_SPEED = 1.5  # rad/s of an action of 1 in the joint variant
 BOX = np.array([[0.32, -0.30, 0.05], [0.60, 0.30, 0.45]])  # where the tip is led and drawn, metres
 SPREAD = np.array([0.8, 0.4, 0.6, 0.4, 0.6, 0.5, 0.6])  # rad from rest, of joint angles drawn
 PLAIN = ("table", "wall", "base", "hand")  # materials whose colour does not vary over all colours
+FAR = 0.10  # metres; the tip moves less in a step
 CLEAR = 0.05  # metres above the table, of a tip drawn
 FINGER = 0.02  # metres; how far each finger is open where nothing is held
+JOINTS = tuple(Quantity(f"joint {number}", "rad", 2 * np.pi) for number in range(1, 8))
+JOINT_RATES = tuple(Quantity(f"{joint.name} rate", "rad/s") for joint in JOINTS)
+TIP = tuple(Quantity(f"tip {axis}", "m") for axis in "xyz")
 
 
 class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -61,6 +65,10 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
+        "state": (*JOINTS, *JOINT_RATES),
+        "proprio": (*TIP, *JOINTS),
+    }
 
     def __init__(
         self,
@@ -96,7 +104,10 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         super().reset(seed=seed)
         options = known_options(options, "start", "goal", "factors")
         draw = self._draw_place if self._by_tip else self._draw_angles
-        drawn = [draw(), draw()]  # both, so that giving one keeps the other
+        drawn = [
+            draw(self.np_random),
+            draw(self.np_random),
+        ]  # both, so that giving one keeps the other
         goal = configuration("goal", options.get("goal", drawn[1]))
         start = configuration("start", options.get("start", drawn[0]))
         self._scene.vary(options.get("factors", self._factors), self.np_random.spawn(1)[0])
@@ -131,6 +142,16 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         angles = self._scene.imagine_controlled(actions, self._control)[..., :7]
         return np.linalg.norm(panda.chain(angles)[0] - self._goal_tip, axis=-1)
 
+    def implausible(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Picture what cannot come next: the arm elsewhere, in another colour, and gone."""
+        angles = self._scene.data.qpos[:7]
+        here, draw = panda.chain(angles)[0], self._draw_place if self._by_tip else self._draw_angles
+        there = angles
+        while np.linalg.norm(panda.chain(there)[0] - here) < FAR:
+            there = configuration("elsewhere", draw(generator))
+        materials = ("upper", "lower", "wrist", "hand", "tip")
+        return self._scene.implausible([*there, FINGER, FINGER], materials, generator)
+
     def render(self) -> np.ndarray | None:
         """Return the views of the last observation side by side, or None without a render mode."""
         return side_by_side(self._observation) if self.render_mode == "rgb_array" else None
@@ -145,12 +166,12 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         arm = lead_tip(angles, action, BOX) if self._by_tip else turn_joints(angles, action)
         return np.concatenate([arm, np.zeros((*arm.shape[:-1], 2))], -1)
 
-    def _draw_place(self) -> np.ndarray:
-        return self.np_random.uniform(*BOX)
+    def _draw_place(self, generator: np.random.Generator) -> np.ndarray:
+        return generator.uniform(*BOX)
 
-    def _draw_angles(self) -> np.ndarray:
+    def _draw_angles(self, generator: np.random.Generator) -> np.ndarray:
         while True:
-            angles = panda.REST + self.np_random.uniform(-SPREAD, SPREAD)
+            angles = panda.REST + generator.uniform(-SPREAD, SPREAD)
             if panda.chain(angles)[0][2] > CLEAR:
                 return angles
 

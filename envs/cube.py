@@ -13,9 +13,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from jepa_world.envs import panda
+from jepa_world.envs import Quantity, panda
 from jepa_world.envs.arm import (
+    JOINT_RATES,
+    JOINTS,
     STEP,
+    TIP,
     TIP_SPEED,
     arm_scene,
     lead_tip,
@@ -29,6 +32,7 @@ HALF = 0.02  # metres, half an edge of the cube
 FIELD = np.array([[0.36, -0.22], [0.56, 0.22]])  # where the cube is drawn, metres
 BOX = np.array([[0.32, -0.30, 0.02], [0.60, 0.30, 0.35]])  # where the tip is led, metres
 HOME = np.array([0.42, 0.0, 0.25])  # the tip at reset and in goal pictures
+FAR = 0.10  # metres; the cube moves less in a step
 ABOVE = 0.12  # metres above the cube, where the hand comes from and goes to
 
 
@@ -64,6 +68,19 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
+        "state": (
+            *JOINTS,
+            *(Quantity(f"{side} finger", "m") for side in ("left", "right")),
+            *(Quantity(f"cube {axis}", "m") for axis in "xyz"),
+            *(Quantity(f"cube quaternion {axis}", "1") for axis in "wxyz"),
+            *JOINT_RATES,
+            *(Quantity(f"{side} finger rate", "m/s") for side in ("left", "right")),
+            *(Quantity(f"cube {axis} rate", "m/s") for axis in "xyz"),
+            *(Quantity(f"cube turn {axis}", "rad/s") for axis in "xyz"),
+        ),
+        "proprio": (*TIP, Quantity("left finger", "m")),
+    }
 
     def __init__(
         self,
@@ -190,6 +207,13 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _grip(self, grip: float) -> Iterator[np.ndarray]:
         for _ in range(3):
             yield np.array([0.0, 0.0, 0.0, grip], np.float32)
+
+    def implausible(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Picture what cannot come next: the cube elsewhere, in another colour, and gone."""
+        there = self._scene.data.qpos.copy()
+        while np.linalg.norm(there[9:11] - self.cube[:2]) < FAR:
+            there[9:12] = [*generator.uniform(*FIELD), HALF]
+        return self._scene.implausible(there, ("cube",), generator)
 
     def render(self) -> np.ndarray | None:
         """Return the views of the last observation side by side, or None without a render mode."""

@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from jepa_world.envs import Quantity
 from jepa_world.envs.tasks import Factor, Scene, camera, color, extent, known_options, light, zoom
 
 import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
@@ -83,6 +84,14 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
+        "state": (
+            Quantity("ball x", "m"),
+            Quantity("ball y", "m"),
+            Quantity("ball x rate", "m/s"),
+            Quantity("ball y rate", "m/s"),
+        )
+    }
 
     def __init__(
         self,
@@ -162,6 +171,13 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         while True:
             yield from self._go_to(self._ways.goal)
             yield np.zeros(2)
+
+    def implausible(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Picture what cannot come next: the ball elsewhere, in another colour, and gone."""
+        middles = self._middle(self._cells)
+        order = np.linalg.norm(middles - self._scene.data.qpos, axis=1).argsort()
+        there = middles[generator.choice(order[len(order) // 2 :])]  # in the farther half
+        return self._scene.implausible(there, ("ball",), generator)
 
     def render(self) -> np.ndarray | None:
         """Return the last observation, or None without a render mode."""

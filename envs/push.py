@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from jepa_world.envs import Quantity
 from jepa_world.envs.tasks import (
     Factor,
     Scene,
@@ -33,6 +34,7 @@ EDGE = 0.25  # metres; the table is a square of twice that
 STEP = 0.03  # metres the disc moves in a step under an action of 1
 PLACE = 0.12  # metres; the block's centre is drawn within this of the table's, along x and y
 CLEAR = 0.14  # metres; the disc is drawn at least this far from the block's centre
+FAR = 0.10  # metres; the block moves less in a step
 SLACK = 0.005  # metres; contacts are a little soft, and a state seen in one can be set again
 CIRCLE = 0.13  # metres; the disc passes the block of any size at this distance from its centre
 SQUARE = {"bar": (0.04, 0.02, 0.02), "stem": (0.04, 0.02, 0.02)}  # half sizes of the two halves
@@ -92,6 +94,7 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.tolerance = tolerance
         self.angle_tolerance = angle_tolerance
         self.period = 2 * np.pi if block == "t" else np.pi / 2
+        self.quantities = {"state": _quantities(self.period)}
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
         model = _model(block)
@@ -159,6 +162,14 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             if self.goal_distance() > 0.3 * self.tolerance:  # stuck, in a corner: back off
                 yield from [generator.uniform(-1, 1, 2)] * 3
             yield np.zeros(2)
+
+    def implausible(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Picture what cannot come next: the block elsewhere, in another colour, and gone."""
+        there = self._scene.data.qpos.copy()
+        disc, here = there[:2], there[2:4].copy()
+        while np.linalg.norm(there[2:4] - here) < FAR or self._gap(disc, there[2:]) < 0:
+            there[2:4] = generator.uniform(-PLACE, PLACE, 2)
+        return self._scene.implausible(there, ("block",), generator)
 
     def render(self) -> np.ndarray | None:
         """Return the last observation, or None without a render mode."""
@@ -292,6 +303,13 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         disc, block = self._scene.data.qpos[:2], self._scene.data.qpos[2:]
         way = (block[:2] + place @ _rotation(block[2]).T - disc) / STEP
         return way / max(1.0, np.linalg.norm(way))
+
+
+def _quantities(period: float) -> tuple[Quantity, ...]:
+    places = [Quantity(f"{thing} {axis}", "m") for thing in ("disc", "block") for axis in "xy"]
+    rates = [Quantity(f"{place.name} rate", "m/s") for place in places]
+    turn = Quantity("block angle", "rad", period)
+    return (*places, turn, *rates, Quantity("block angle rate", "rad/s"))
 
 
 def _round(here: np.ndarray, behind: np.ndarray, normal: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from jepa_world.envs import Quantity
 from jepa_world.envs.tasks import (
     Factor,
     Scene,
@@ -31,6 +32,7 @@ SUBSTEPS = 5  # of 0.02 s: one step of the environment is 0.1 s
 LOW, HIGH = np.array([-np.pi, 0.0]), np.array([np.pi, 2.6])  # joint angles drawn at reset, rad
 SLACK = 0.15  # rad; the elbow's limits are a little soft, and a state seen there can be set again
 TORQUE = 1.0  # N m of an action of 1 in the torque variant
+FAR = 0.25  # metres; the tip moves less in a step
 
 
 class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -61,6 +63,14 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
+        "state": (
+            Quantity("shoulder", "rad", 2 * np.pi),
+            Quantity("elbow", "rad", 2 * np.pi),
+            Quantity("shoulder rate", "rad/s"),
+            Quantity("elbow rate", "rad/s"),
+        )
+    }
 
     def __init__(
         self,
@@ -127,6 +137,13 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Starts from the present state, which is left as it was; nothing is rendered.
         """
         return np.linalg.norm(tip(self._scene.imagine(actions)) - self._goal_tip, axis=-1)
+
+    def implausible(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Picture what cannot come next: the arm elsewhere, in another colour, and gone."""
+        here = tip(self._scene.data.qpos)
+        while np.linalg.norm(tip(there := generator.uniform(LOW, HIGH)) - here) < FAR:
+            pass
+        return self._scene.implausible(there, ("upper", "lower", "tip"), generator)
 
     def render(self) -> np.ndarray | None:
         """Return the last observation, or None without a render mode."""

@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from jepa_world.envs import Quantity
 from jepa_world.envs.maze import Ways
 from jepa_world.envs.tasks import Factor, Scene, camera, color, extent, known_options, light, zoom
 
@@ -27,6 +28,7 @@ THICK = 0.015  # metres, half the thickness of the wall
 WALL = 0.10  # metres; the wall stands within this of the middle
 PLACE = 0.15  # metres; the middle of the door is within this of the middle
 CLEAR = 0.03  # metres from the walls at which start and goal are drawn
+FAR = 0.10  # metres; the ball moves less in a step
 SLACK = 0.005  # metres; contacts are a little soft, and a state seen in one can be set again
 
 
@@ -60,6 +62,16 @@ class RoomsEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
+        "state": (
+            Quantity("ball x", "m"),
+            Quantity("ball y", "m"),
+            Quantity("ball x rate", "m/s"),
+            Quantity("ball y rate", "m/s"),
+            Quantity("wall x", "m"),
+            Quantity("door y", "m"),
+        )
+    }
 
     def __init__(
         self,
@@ -148,6 +160,13 @@ class RoomsEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         while True:
             yield from self._go_to(self._ways.goal)
             yield np.zeros(2)
+
+    def implausible(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Picture what cannot come next: the ball elsewhere, in another colour, and gone."""
+        here = there = self._scene.data.qpos
+        while np.linalg.norm(there - here) < FAR:
+            there = self._drawn(generator.random(2), generator.choice([-1, 1]))
+        return self._scene.implausible(there, ("ball",), generator)
 
     def render(self) -> np.ndarray | None:
         """Return the last observation, or None without a render mode."""

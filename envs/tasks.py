@@ -117,7 +117,39 @@ class Scene:
 
     def picture(self) -> np.ndarray:
         """Render the present state, (size, size, 3) for every camera."""
-        return np.concatenate([render(self.data) for render in self._renderers], axis=-1)
+        return self._render(self.data)
+
+    def implausible(
+        self, elsewhere: Any, materials: tuple[str, ...], generator: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Return pictures that cannot come next: the present one with a thing changed.
+
+        Args:
+            elsewhere: Positions (nq) that have it in another place.
+            materials: What it is made of; the materials of nothing else.
+            generator: Draws the colour.
+
+        Returns:
+            By name: "teleport", "colour" (one material has another, at least half the edge of the
+            cube of red, green and blue away), "vanished". The state is left as it was.
+        """
+        self._imagined.qpos[:] = elsewhere
+        mujoco.mj_forward(self.model, self._imagined)
+        pictures = {"teleport": self._render(self._imagined)}
+        views = [self.model.material(name).rgba for name in materials]
+        own = [view.copy() for view in views]
+        changed = int(generator.integers(len(views)))
+        views[changed][:3] = _another_color(own[changed][:3], generator)
+        pictures["colour"] = self.picture()
+        for view, rgba in zip(views, own, strict=True):
+            view[:] = [*rgba[:3], 0.0]
+        pictures["vanished"] = self.picture()
+        for view, rgba in zip(views, own, strict=True):
+            view[:] = rgba
+        return pictures
+
+    def _render(self, data: mujoco.MjData) -> np.ndarray:
+        return np.concatenate([render(data) for render in self._renderers], axis=-1)
 
     def imagine(self, actions: np.ndarray) -> np.ndarray:
         """Return the positions (s, h, nq) after every action of sequences (s, h, a).
@@ -276,6 +308,12 @@ def extent(model: mujoco.MjModel, low: float, high: float, body: str) -> Factor:
         inertia.write(value**2)
 
     return Factor(sizes.default, low, high, write)
+
+
+def _another_color(own: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    while np.linalg.norm((drawn := generator.uniform(0.0, 1.0, 3)) - own) < 0.5:
+        pass
+    return drawn
 
 
 def known_options(options: Mapping[str, Any] | None, *known: str) -> dict[str, Any]:

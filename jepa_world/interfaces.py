@@ -6,12 +6,12 @@ n = 1.
 `jepa_world.testing.check_encoder` and its sisters run anybody's part through its contract.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 Cost = Callable[[Float[Tensor, "b s h a"]], Float[Tensor, "b s"]]
@@ -193,4 +193,33 @@ class SimulatorEnv(Protocol):
 
     def goal_distance(self) -> float:
         """Return the true distance to the goal now, in the unit of the tolerance."""
+        ...
+
+
+@runtime_checkable
+class NamedStateEnv(Protocol):
+    """An environment may also offer this: what the numbers of `info["state"]` and others are.
+
+    Example:
+        >>> from jepa_world.envs import make
+        >>> make("reach", size=32).unwrapped.quantities["state"][1]
+        Quantity(name='elbow', unit='rad', period=6.283185307179586)
+    """
+
+    quantities: Mapping[str, Sequence[tuple[str, str, float]]]
+    """By entry of `info` (`state`, `proprio`), for each of its numbers in order: name, unit, and
+    where an angle repeats, 0 for what does not."""
+
+
+@runtime_checkable
+class ImplausibleEnv(Protocol):
+    """An environment may also offer this: pictures that cannot be the next ones."""
+
+    def implausible(
+        self, generator: np.random.Generator
+    ) -> dict[str, UInt8[np.ndarray, "hh ww c"]]:
+        """Return the present picture with a thing changed, by the name of the change.
+
+        Ours have "teleport", "colour" and "vanished". The present state is left as it was.
+        """
         ...

@@ -1,6 +1,7 @@
 """What features are worth, without training the encoder, and whether they have collapsed."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict, cast
 
 import numpy as np
@@ -101,21 +102,39 @@ def _warning(report: CollapseReport, n: int, dim: int) -> str:
     return ""
 
 
-@torch.no_grad()
 def linear_probe_r2(
     fit_z: Float[Tensor, "n d"],
     fit_y: Float[Tensor, "n k"],
     z: Float[Tensor, "m d"],
     y: Float[Tensor, "m k"],
 ) -> Float[Tensor, " k"]:
-    """Return R^2 on (z, y) of a ridge regression fitted on (fit_z, fit_y), by target.
+    """Return R^2 on (z, y) of a ridge regression fitted on (fit_z, fit_y), by target."""
+    return r_squared(linear_read_out(fit_z, fit_y)(z), y)
 
-    At most 1; below 0 the read-out is worse than the mean of `y`. Features are standardised by
-    `fit_z`; every target has the decay, of 1e-8 to 10, with the least error when each sample of the
-    fit is foretold from the others.
+
+def r_squared(predicted: Float[Tensor, "m k"], y: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:
+    """Return the share of the variance of `y` that is told, by target.
+
+    At most 1; below 0 what is predicted is worse than the mean of `y`.
     """
-    fit_x, x = standardise(fit_z.double().cpu(), z.double().cpu())
-    fit_y, y = fit_y.double().cpu(), y.double().cpu()
+    y = y.double().cpu()
+    error = y - predicted.double().cpu()
+    return 1 - error.square().sum(0) / (y - y.mean(0)).square().sum(0)
+
+
+ReadOut = Callable[[Float[Tensor, "m d"]], Float[Tensor, "m k"]]
+"""What numbers a fitted probe reads from features."""
+
+
+@torch.no_grad()
+def linear_read_out(fit_z: Float[Tensor, "n d"], fit_y: Float[Tensor, "n k"]) -> ReadOut:
+    """Return a ridge regression fitted on (fit_z, fit_y).
+
+    Features are standardised by `fit_z`; every target has the decay, of 1e-8 to 10, with the least
+    error when each sample of the fit is foretold from the others.
+    """
+    fit_z, fit_y = fit_z.double().cpu(), fit_y.double().cpu()
+    (fit_x,) = standardise(fit_z)
     directions = principal_directions(fit_x)
     scores, centred = fit_x @ directions, fit_y - fit_y.mean(0)
     sizes, along = scores.square().sum(0), scores.T @ centred
@@ -126,8 +145,63 @@ def linear_probe_r2(
     alone = left / (1 - told_by_itself[..., None]).clamp(min=1e-9)
     best = shrunk[alone.square().sum(1).argmin(0)]  # by target and direction
     weights = directions @ (best.T * along)
-    error = y - fit_y.mean(0) - x @ weights
-    return 1 - error.square().sum(0) / (y - y.mean(0)).square().sum(0)
+    return lambda z: fit_y.mean(0) + standardise(fit_z, z.double().cpu())[1] @ weights
+
+
+def mlp_read_out(
+    fit_z: Float[Tensor, "n d"],
+    fit_y: Float[Tensor, "n k"],
+    *,
+    width: int = 256,
+    epochs: int = 60,
+    seed: int = 0,
+) -> ReadOut:
+    """Return a network of two hidden layers fitted on (fit_z, fit_y), all targets at once.
+
+    Features and targets are standardised by the fit. Every target is read by the network of the
+    epoch that was best at it on the last sixth of the fit, which is held back: where neighbouring
+    rows are frames of one episode, most of it is other episodes.
+    """
+    mean, std = fit_y.mean(0), fit_y.std(0).clamp(min=1e-6)
+    x, target = standardise(fit_z.float())[0], ((fit_y - mean) / std).to(fit_z).float()
+    kept = len(x) - len(x) // 6
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = (nn.Linear(x.shape[1], width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        network = nn.Sequential(*layers, nn.Linear(width, target.shape[1])).to(x.device)
+    least, best = [float("inf")] * target.shape[1], [network] * target.shape[1]
+    for now in _epochs(network, x[:kept], target[:kept], epochs, seed):
+        with torch.no_grad():
+            errors = (now(x[kept:]) - target[kept:]).square().mean(0).tolist()
+        better = [error < lowest for error, lowest in zip(errors, least, strict=True)]
+        best = [now if is_better else old for is_better, old in zip(better, best, strict=True)]
+        least = [min(pair) for pair in zip(errors, least, strict=True)]
+
+    @torch.no_grad()
+    def read(z: Tensor) -> Tensor:
+        features = standardise(fit_z.float(), z.float())[1]
+        told = {one: one(features) for one in set(best)}
+        columns = [told[one][:, place] for place, one in enumerate(best)]
+        return torch.stack(columns, 1).to(mean) * std + mean
+
+    return read
+
+
+def _epochs(
+    network: nn.Module, x: Tensor, target: Tensor, epochs: int, seed: int, *, batch_size: int = 128
+) -> Iterator[nn.Module]:
+    """Train by AdamW with a cosine, and yield the network as it is after every epoch."""
+    random = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    steps = epochs * -(-len(x) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x), generator=random).split(batch_size):
+            optimizer.zero_grad()
+            F.mse_loss(network(x[index]), target[index]).backward()
+            optimizer.step()
+            schedule.step()
+        yield copy.deepcopy(network)
 
 
 def principal_directions(x: Float[Tensor, "n d"]) -> Float[Tensor, "d r"]:

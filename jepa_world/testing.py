@@ -17,7 +17,15 @@ from gymnasium.utils import env_checker
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jepa_world.interfaces import Encoder, FastRollout, Planner, PrefixRollout, SimulatorEnv
+from jepa_world.interfaces import (
+    Encoder,
+    FastRollout,
+    ImplausibleEnv,
+    NamedStateEnv,
+    Planner,
+    PrefixRollout,
+    SimulatorEnv,
+)
 from jepa_world.objectives import Objective
 from jepa_world.policies import ExpertEnv, GuidedEnv
 from jepa_world.registry import UserError
@@ -215,7 +223,9 @@ def check_env(env: gymnasium.Env[Any, Any], *, configuration: Any = None) -> Non
       where it was seen, and to the goal if it is the goal;
     - `info["factors"]`, values for the reset option `factors` that lead back to the same picture;
       "random" draws other ones, which change pictures and not the state;
-    - a `guide` and an `expert` whose actions are within bounds and follow from their generator.
+    - a `guide` and an `expert` whose actions are within bounds and follow from their generator;
+    - `quantities`, one name for every number of `info["state"]` or whatever it names;
+    - `implausible`, pictures that differ from the present one, and leave all as it was.
 
     Args:
         env: The environment; it is left after a reset.
@@ -248,6 +258,10 @@ def check_env(env: gymnasium.Env[Any, Any], *, configuration: Any = None) -> Non
         _check_script("guide", inner.guide, inner)
     if isinstance(inner, ExpertEnv):
         _check_script("expert", inner.expert, inner)
+    if isinstance(inner, NamedStateEnv):
+        _check_quantities(inner, inner.reset(seed=1)[1])
+    if isinstance(inner, ImplausibleEnv):
+        _check_implausible(inner, inner)
     inner.reset(seed=1)
 
 
@@ -611,6 +625,28 @@ def _check_script(
             played.append(action)
     if not np.array_equal(played[:5], played[5:]):
         raise ContractError(f"env.{name} yields other actions from the same generator")
+
+
+def _check_quantities(named: NamedStateEnv, info: dict[str, Any]) -> None:
+    for entry, quantities in named.quantities.items():
+        names, width = {quantity[0] for quantity in quantities}, np.size(info.get(entry, ()))
+        if not len(names) == len(quantities) == width:
+            raise ContractError(
+                f"env.quantities has {len(names)} different names for the {width} numbers of "
+                f"info[{entry!r}]"
+            )
+
+
+def _check_implausible(changed: ImplausibleEnv, env: gymnasium.Env[Any, Any]) -> None:
+    before = env.reset(seed=3)[0]
+    action = np.zeros(env.action_space.shape or (), np.float32)
+    after = env.step(action)[0]
+    env.reset(seed=3)
+    for name, picture in changed.implausible(np.random.default_rng(0)).items():
+        if picture.shape != before.shape or np.array_equal(picture, before):
+            raise ContractError(f"env.implausible shows for {name!r} the present picture, or none")
+    if not np.array_equal(env.step(action)[0], after):
+        raise ContractError("env.implausible changed what comes next")
 
 
 def _check_distances(simulator: SimulatorEnv, env: gymnasium.Env[Any, Any]) -> None:

@@ -83,7 +83,10 @@ def test_commands_a_page_shows_have_the_flags_it_shows(page):
     for command, flags in shown:
         if command not in COMMANDS or ":My" in flags:
             continue
-        module = importlib.import_module(f"jepa_world.commands.{command}")
         words = flags.partition("#")[0].split()
+        if "--probe" in words:  # of a world model, as `--env` says
+            assert (command, "--env" in words) == ("evaluate", True)
+            command, words = "probe_world_model", [word for word in words if word != "--probe"]
+        module = importlib.import_module(f"jepa_world.commands.{command}")
         words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
         parse(vars(module)[COMMANDS[command]], words, program=command)

@@ -11,6 +11,7 @@ from jepa_world.evaluation import (
     Episode,
     RandomPolicy,
     Rate,
+    Separation,
     SimulatorPolicy,
     plan_seconds,
     run_episode,
@@ -171,3 +172,29 @@ def test_the_floor_repeats_under_its_seed():
 def test_the_time_of_a_plan_is_its_median_and_95th_percentile():
     episodes = [Episode(0, [], [0.01] * 19), Episode(1, [], [0.5])]
     assert plan_seconds(episodes) == {"median": 0.01, "p95": pytest.approx(0.0345, abs=1e-4)}
+
+
+def test_a_separation_is_the_share_of_pairs_in_order_and_never_without_an_interval():
+    random = np.random.default_rng(0)
+    usual, odd = random.normal(0, 1, 40).round(1), random.normal(1, 1, 60).round(1)
+    found = Separation.of(usual, odd)
+    pairs = [(o > u) + 0.5 * (o == u) for u in usual for o in odd]
+    assert found.auroc == pytest.approx(np.mean(pairs), abs=1e-4) and found.n == 40
+    assert found.low < found.auroc < found.high
+    mirrored = Separation.of(odd, usual)
+    assert mirrored.auroc == pytest.approx(1 - found.auroc, abs=1e-4)
+    apart, same = Separation.of(range(50), range(50, 100)), Separation.of([1.0] * 50, [1.0] * 50)
+    assert (apart.auroc, apart.high) == (1.0, 1.0) and 0.9 < apart.low < 1.0
+    assert same.auroc == 0.5 and same.high - same.low == pytest.approx(0.22, abs=1e-3)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 2.5])
+def test_intervals_of_separations_hold_the_truth_19_times_of_20(shift):
+    random = np.random.default_rng(1)
+    truth = (1 + math.erf(shift / 2)) / 2  # of two normal distributions
+    held = [
+        found.low <= truth <= found.high
+        for _ in range(400)
+        if (found := Separation.of(random.normal(0, 1, 60), random.normal(shift, 1, 60)))
+    ]
+    assert 0.92 <= np.mean(held) <= 0.995

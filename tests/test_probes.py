@@ -15,6 +15,9 @@ from jepa_world.probes import (
     lidar,
     linear_probe,
     linear_probe_r2,
+    linear_read_out,
+    mlp_read_out,
+    r_squared,
     whiten,
 )
 
@@ -202,3 +205,16 @@ def test_an_attentive_read_out_finds_the_token_that_holds_the_number():
     assert (linear_probe_r2(*(x.mean(1) if x.ndim == 3 else x for x in sets)) < 0.5).all()
     assert torch.equal(attentive_r2(*sets, epochs=1), attentive_r2(*sets, epochs=1))
     assert (attentive_r2(sets[0].flip(0), *sets[1:], epochs=1) < 0.1).all()
+
+
+def test_a_network_reads_what_no_plane_through_the_features_tells():
+    z = normal(1200, 4)
+    y = torch.stack([z[:, 0] * z[:, 1], z[:, 2]], 1).double()
+    linear, deep = (
+        r_squared(probe(z[:1000], y[:1000])(z[1000:]), y[1000:])
+        for probe in (linear_read_out, mlp_read_out)
+    )
+    assert linear[0] < 0.1 and linear[1] == pytest.approx(1)
+    assert (deep > 0.9).all()
+    again = mlp_read_out(z[:1000], y[:1000])(z[1000:])
+    torch.testing.assert_close(r_squared(again, y[1000:]), deep, rtol=0, atol=0)

@@ -7,6 +7,7 @@ import pytest
 from jepa_world import envs
 from jepa_world.commands.plan import goals_ahead
 from jepa_world.evaluation import unsolved_seeds
+from jepa_world.interfaces import ImplausibleEnv, NamedStateEnv
 from jepa_world.policies import actions_of, usual_policy
 from jepa_world.registry import UserError
 from jepa_world.testing import check_env
@@ -39,6 +40,19 @@ def test_every_factor_alone_changes_pictures_or_motion_and_never_the_start(task)
         assert differing == {name}
         np.testing.assert_array_equal(other["configuration"], info["configuration"])
         assert (varied != plain).any() or not np.array_equal(played(task), moved), name
+
+
+@pytest.mark.parametrize("name", envs.SHORT_NAMES)
+def test_a_task_names_its_numbers_and_shows_what_cannot_come_next(name):
+    env = envs.make(name, size=32)
+    assert isinstance(env.unwrapped, NamedStateEnv) and isinstance(env.unwrapped, ImplausibleEnv)
+    seen, _ = env.reset(seed=2)
+    pictures = env.unwrapped.implausible(np.random.default_rng(0))
+    assert list(pictures) == ["teleport", "colour", "vanished"]
+    changed = {kind: (picture != seen).any(-1) for kind, picture in pictures.items()}
+    assert (changed["vanished"] >= changed["colour"]).all()  # the thing, where it is
+    assert (changed["teleport"] & ~changed["vanished"]).any()  # and where it is not
+    env.close()
 
 
 def test_a_factor_drawn_does_not_depend_on_which_others_are(task):

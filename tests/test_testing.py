@@ -469,6 +469,9 @@ class DotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         while True:
             yield generator.uniform(-1, 1, 1)
 
+    def implausible(self, generator):
+        return {"vanished": np.zeros((1, 8, 1), np.uint8)}
+
     def goal_distance(self):
         return abs(self.x - self.goal)
 
@@ -558,6 +561,21 @@ class MoodyGuide(DotEnv):
             yield np.array([0.01 * self.moods])
 
 
+class Nameless(DotEnv):
+    quantities = {"configuration": (("x", "m", 0.0), ("y", "m", 0.0))}  # noqa: RUF012
+
+
+class SeesNothing(DotEnv):
+    def implausible(self, generator):
+        return {"teleport": self.picture(self.x)}
+
+
+class ReallyMoves(DotEnv):
+    def implausible(self, generator):
+        self.x = (self.x + 4) % 7
+        return {"teleport": self.picture(self.x)}
+
+
 class Lenient(DotEnv):
     tolerance = 100.0
 
@@ -582,6 +600,9 @@ class Foresees(DotEnv):
         (Indifferent, "env shows the same picture under random factors"),
         (WildGuide, "env.guide yields [3.], not in"),
         (MoodyGuide, "env.guide yields other actions from the same generator"),
+        (Nameless, "env.quantities has 2 different names for the 1 numbers of"),
+        (SeesNothing, "env.implausible shows for 'teleport' the present picture"),
+        (ReallyMoves, "env.implausible changed what comes next"),
         (Lenient, "env's `success` disagrees with its distance and tolerance"),
         (Foresees, "env.goal_distances disagrees with what happens at step 0"),
     ],

@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 from jepa_world.config import parse
 from jepa_world.processes import launched
@@ -24,6 +25,7 @@ COMMANDS = {
     "evaluate": "Evaluate",
     "probe": "Probe",
     "probe_video": "ProbeVideo",
+    "probe_world_model": "ProbeWorldModel",
     "prepare_video": "PrepareVideo",
     "inspect": "Inspect",
     "convert": "Convert",
@@ -43,7 +45,8 @@ def main(command: str | None = None) -> None:
             command, *arguments = arguments or ["--help"]
             command = _known(command)
         if command == "evaluate" and "--probe" in arguments:  # frozen features instead of planning
-            command, arguments = "probe", [word for word in arguments if word != "--probe"]
+            arguments = [word for word in arguments if word != "--probe"]
+            command = _probe_of(arguments)
         launched()
         module = importlib.import_module(f"jepa_world.commands.{command}")
         module.run(parse(vars(module)[COMMANDS[command]], arguments, program=command))
@@ -78,6 +81,21 @@ def _known(command: str) -> str:
     if name not in COMMANDS:
         raise UserError(f"unknown command {command!r}{did_you_mean(name, list(COMMANDS))}")
     return name
+
+
+def _probe_of(arguments: list[str]) -> str:
+    """Return the probe that is meant: of latents where an env or a world model is named."""
+    from jepa_world.checkpoint import find_checkpoint
+    from jepa_world.config import read_yaml
+
+    words = [part for word in arguments for part in word.split("=", 1)]
+    if "--env" in words:
+        return "probe_world_model"
+    if "--checkpoint" in words[:-1]:
+        path = Path(words[words.index("--checkpoint") + 1])
+        if read_yaml(find_checkpoint(path) / "config.yaml").get("method") == "world_model":
+            return "probe_world_model"
+    return "probe"
 
 
 def use_one_thread() -> None:
