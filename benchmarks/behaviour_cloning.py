@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from jepa_world.checkpoint import build_part, find_checkpoint, load_weights, observation_shape
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.evaluate import play, random_policies, summary
-from jepa_world.commands.plan import Planning, open_env, tolerance_of
+from jepa_world.commands.plan import Planning, budget_of, open_env, tolerance_of
 from jepa_world.commands.train_world_model import collect_default
 from jepa_world.config import Part, parse, part_from_dict, read_yaml, require_at_least, to_dict
 from jepa_world.data.trajectories import Trajectories
@@ -75,7 +75,7 @@ class Evaluate:
     env: str = "reach"
     """The environment, as in evaluate.py; so are the other flags."""
     episodes: int = 200
-    budget: int = 15
+    budget: int | None = None
     tolerance: float | None = None
     ahead: int | None = None
     factors: tuple[str, ...] | None = None
@@ -243,7 +243,7 @@ def load(path: Path) -> tuple[Cloned, dict[str, Any]]:
 def evaluate_policies(config: Evaluate) -> None:
     """Measure, and leave results.json in the run folder."""
     use_one_thread()
-    require_at_least(config, episodes=1, budget=1, seed=0)
+    require_at_least(config, episodes=1, seed=0)
     if not config.policy:
         raise UserError("--policy names no run folder of a policy: train one")
     made = Run.of("behaviour_cloning", config.run_dir)
@@ -251,7 +251,7 @@ def evaluate_policies(config: Evaluate) -> None:
     planning = Planning(**{name: vars(config)[name] for name in names})
     models = {str(path): load(path) for path in config.policy}
     env, *_ = [open_env(planning, description) for _, description in models.values()]
-    tolerance = tolerance_of(planning, env)
+    tolerance, budget = tolerance_of(planning, env), budget_of(planning, env)
     seeds = unsolved_seeds(env, config.episodes, config.seed, tolerance)
     made.open(config)
 
@@ -259,11 +259,10 @@ def evaluate_policies(config: Evaluate) -> None:
         return lambda seed: ClonedPolicy(model)
 
     by_model = {
-        name: play(name, env, of(model), seeds, config.budget)
-        for name, (model, _) in models.items()
+        name: play(name, env, of(model), seeds, budget) for name, (model, _) in models.items()
     }
-    others = {"random": play("random", env, random_policies(env), seeds, config.budget)}
-    results = {"env": config.env, "budget": config.budget, "seeds": seeds}
+    others = {"random": play("random", env, random_policies(env), seeds, budget)}
+    results = {"env": config.env, "budget": budget, "seeds": seeds}
     made.finish(results | summary(by_model, others, tolerance))
 
 

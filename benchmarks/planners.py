@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from jepa_world import Agent, load_world_model
-from jepa_world.commands.plan import Planning, make_planners, open_env, shipped, tolerance_of
+from jepa_world.commands.plan import (
+    Planning,
+    budget_of,
+    make_planners,
+    open_env,
+    shipped,
+    tolerance_of,
+)
 from jepa_world.config import Part
 from jepa_world.evaluation import (
     Episode,
@@ -117,7 +124,7 @@ def reach(count: int, seed: int) -> None:
 def row(
     env: gym.Env[Any, Any], name: str, options: dict[str, Any], policy: Policy, seeds: list[int]
 ) -> None:
-    episodes = [run_episode(env, policy, seed, Planning.budget) for seed in seeds]
+    episodes = [run_episode(env, policy, seed, budget_of(Planning(), env)) for seed in seeds]
     said = ", ".join(f"{key} {value}" for key, value in options.items()) or "default"
     milliseconds = 1000 * plan_seconds(episodes)["median"]
     last = 1000 * float(np.median([episode.distances[-1] for episode in episodes]))

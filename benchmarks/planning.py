@@ -27,7 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_world import Agent, SIGReg, WorldModel, load_world_model
 from jepa_world.agent import GoalCost
-from jepa_world.commands.plan import Planning, make_planners, open_env, shipped, tolerance_of
+from jepa_world.commands.plan import (
+    Planning,
+    budget_of,
+    make_planners,
+    open_env,
+    shipped,
+    tolerance_of,
+)
 from jepa_world.config import Part
 from jepa_world.encoders.leworldmodel import LeWorldModelEncoder
 from jepa_world.evaluation import ModelPolicy, run_episode, success_end, unsolved_seeds
@@ -361,7 +368,9 @@ def success(count: int, variant: Variant, **options: int) -> Line:
     agent = Agent(model, build(0), start)
     seeds = unsolved_seeds(env, count, 0, tolerance_of(config, env))
     with in_variant(agent, variant):
-        rows = [run_episode(env, ModelPolicy(agent), seed, config.budget) for seed in seeds]
+        rows = [
+            run_episode(env, ModelPolicy(agent), seed, budget_of(config, env)) for seed in seeds
+        ]
         rates = [success_end(rows, tolerance) for tolerance in (0.05, 0.02)]
         picture = torch.from_numpy(env.reset(seed=0)[0])[None]
         line = timed(lambda: agent.act(picture), 40)

@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from jepa_world import Agent, load_world_model
-from jepa_world.commands.plan import Planning, make_planners, open_env, shipped, tolerance_of
+from jepa_world.commands.plan import (
+    Planning,
+    budget_of,
+    make_planners,
+    open_env,
+    shipped,
+    tolerance_of,
+)
 from jepa_world.commands.train_world_model import (
     TrainWorldModel,
     build_method,
@@ -139,7 +146,7 @@ def row(name: str, folder: Path, count: int) -> None:
     seeds = unsolved_seeds(env, count, config.seed, tolerance_of(config, env))
     build, start = make_planners(config, env)
     policy = ModelPolicy(Agent(model, build(0), start))
-    episodes = [run_episode(env, policy, seed, config.budget) for seed in seeds]
+    episodes = [run_episode(env, policy, seed, budget_of(config, env)) for seed in seeds]
     cells = [
         name,
         f"{sum(p.numel() for p in model.predictor.parameters()):,}",  # type: ignore[attr-defined]

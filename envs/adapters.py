@@ -110,6 +110,7 @@ class PictureEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._model, self._data = self.inner.model, self.inner.data
         self._task = None if bodies else TASKS.get(type(self.inner).__name__)
         known = self._task.tolerance if self._task else 0.05
+        self.budget = 50
         self.tolerance = known if tolerance is None else tolerance
         self._bodies = self._numbers([self._task.body] if self._task else bodies)
         space = self.inner.action_space

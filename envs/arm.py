@@ -82,6 +82,7 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if control not in ("tip", "joint"):
             raise ValueError(f"control is {control!r}, expected 'tip' or 'joint'")
         self.render_mode = render_mode
+        self.budget = 20
         self.tolerance = tolerance
         self._by_tip = control == "tip"
         dims = 3 if self._by_tip else 7

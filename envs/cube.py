@@ -91,6 +91,7 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         render_mode: str | None = None,
     ):
         self.render_mode = render_mode
+        self.budget = 50
         self.tolerance = tolerance
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 6), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)

@@ -91,6 +91,7 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 f"need tolerances above 0, got {tolerance} m and {angle_tolerance} rad"
             )
         self.render_mode = render_mode
+        self.budget = 50
         self.tolerance = tolerance
         self.angle_tolerance = angle_tolerance
         self.period = 2 * np.pi if block == "t" else np.pi / 2

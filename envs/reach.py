@@ -84,6 +84,7 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if control not in ("velocity", "torque"):
             raise ValueError(f"control is {control!r}, expected 'velocity' or 'torque'")
         self.render_mode = render_mode
+        self.budget = 15
         self.tolerance = tolerance
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)

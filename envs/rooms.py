@@ -84,6 +84,7 @@ class RoomsEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not tolerance > 0:
             raise ValueError(f"tolerance is {tolerance}, expected metres above 0")
         self.render_mode = render_mode
+        self.budget = 50
         self.tolerance = tolerance
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)

@@ -184,6 +184,9 @@ class SimulatorEnv(Protocol):
     tolerance: float
     """The largest distance that counts as success: `info["success"]` says the same."""
 
+    budget: int
+    """Steps in which a goal can be reached: how long an episode is, if nothing else is asked."""
+
     def goal_distances(self, actions: Float[np.ndarray, "s h a"]) -> Float[np.ndarray, "s h"]:
         """Return the true distance to the goal (in the unit of the tolerance) after every action.
 

@@ -395,9 +395,7 @@ def test_an_objective_is_a_sum_of_named_functions_ones_own_among_them(
 
     plain, held = run(), run("--objective", "summed_distance", "own_cost:hold_still=1e4")
     still = run("--objective", "effort")
-    assert (
-        plain[0] is None and run("--config", "goal.yaml")[0][1] == "smoothness=0.1"
-    )
+    assert plain[0] is None and run("--config", "goal.yaml")[0][1] == "smoothness=0.1"
     assert held[1] == pytest.approx(still[1], abs=0.02) and held[1] != plain[1]
 
 

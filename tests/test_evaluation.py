@@ -51,7 +51,7 @@ class Walk(gym.Env):
 class Measured(Walk):
     """The same, with true distances."""
 
-    tolerance = 0.5
+    tolerance, budget = 0.5, 10
 
     def goal_distance(self):
         return abs(self.position)

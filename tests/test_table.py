@@ -45,7 +45,7 @@ def evaluated(folder, runs, ends, *words, kind="checkpoint"):
         "random_floor": rates(2, 100),
         "plan_seconds": {"median": 0.0167, "p95": 0.02},
         "tolerance": config["tolerance"] or 0.05,
-        "budget": config["budget"],
+        "budget": config["budget"] or 15,
         "seeds": list(range(100)),
         "models": {str(run): rates(end, 100) for run, end in zip(runs, ends, strict=True)},
     }

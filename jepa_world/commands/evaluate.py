@@ -12,6 +12,7 @@ from jepa_world.agent import Agent
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.plan import (
     Planning,
+    budget_of,
     make_agents,
     make_planners,
     model_steps,
@@ -60,11 +61,12 @@ def run(config: Evaluate) -> None:
     """Measure, and leave results.json in the run folder."""
     use_one_thread()
     made = Run.of("evaluate", config.run_dir)
-    require_at_least(config, episodes=1, horizon=1, history=1, budget=1, seed=0)
+    require_at_least(config, episodes=1, horizon=1, history=1, seed=0)
     sources = config.checkpoint or (shipped(config.env),)
     models = [load_world_model(source, config.trust) for source in sources]
     env, *_ = [open_env(config, description) for _, description in models]
-    steps = the_same_steps(config, [description for _, description in models])
+    budget = budget_of(config, env)
+    steps = the_same_steps(budget, [description for _, description in models])
     tolerance = tolerance_of(config, env)
     seeds = unsolved_seeds(env, config.episodes, config.seed, tolerance)
     agents = [make_agents(config, env, model) for model, _ in models]
@@ -79,11 +81,11 @@ def run(config: Evaluate) -> None:
     }
     others = {"random": play("random", env, random_policies(env), own, steps)}
     if config.ceiling:
-        others |= _ceiling(config, env, own, stride_of(models[0][1]))
+        others |= _ceiling(config, env, own, steps, stride_of(models[0][1]))
     by_model, others = gather(measured), gather(others)
     if number > 0:
         return
-    results = {"env": config.env, "budget": config.budget, "seeds": seeds}
+    results = {"env": config.env, "budget": budget, "seeds": seeds}
     made.finish(results | summary(by_model, others, tolerance))
 
 
@@ -127,7 +129,7 @@ def random_policies(env: gym.Env[Any, Any]) -> Callable[[int], Policy]:
     return lambda seed: RandomPolicy(env.action_space, seed)
 
 
-def the_same_steps(config: Evaluate, descriptions: list[dict[str, Any]]) -> int:
+def the_same_steps(budget: int, descriptions: list[dict[str, Any]]) -> int:
     """Return the steps of all models in the budget.
 
     Raises:
@@ -136,7 +138,7 @@ def the_same_steps(config: Evaluate, descriptions: list[dict[str, Any]]) -> int:
     strides = sorted({stride_of(description) for description in descriptions})
     if len(strides) > 1:
         raise UserError(f"the models' steps are {strides} environment steps: evaluate them apart")
-    return model_steps(config, descriptions[0])
+    return model_steps(budget, descriptions[0])
 
 
 def play(
@@ -160,7 +162,7 @@ def play(
 
 
 def _ceiling(
-    config: Evaluate, env: gym.Env[Any, Any], seeds: Sequence[int], stride: int
+    config: Evaluate, env: gym.Env[Any, Any], seeds: Sequence[int], steps: int, stride: int
 ) -> dict[str, list[Episode]]:
     """Return episodes of planning on the simulator; none where it or the planner cannot."""
     if not isinstance(simulator := env.unwrapped, SimulatorEnv):
@@ -171,7 +173,7 @@ def _ceiling(
         return SimulatorPolicy(simulator, build(seed), start, stride=stride)
 
     try:
-        return {"simulator": play("simulator", env, policy_of, seeds, config.budget // stride)}
+        return {"simulator": play("simulator", env, policy_of, seeds, steps)}
     except UnsuitedCostError as error:
         print(f"no ceiling, the true simulator gives only costs: {error}")
         return {}

@@ -54,8 +54,8 @@ class Planning:
     """Steps of a plan; only the first is executed before planning again."""
     history: int = 1
     """Past observations given to the predictor."""
-    budget: int = 15
-    """Environment steps of an episode."""
+    budget: int | None = None
+    """Environment steps of an episode; default: the environment's own (docs/envs.md)."""
     tolerance: float | None = None
     """Largest distance that counts as success; default: the environment's own (docs/envs.md)."""
     ahead: int | None = None
@@ -87,14 +87,15 @@ def run(config: Plan) -> None:
     """Plan, and leave results.json, plan.mp4, plan.png and report.html in the run folder."""
     use_one_thread()
     made = Run.of("plan", config.run_dir)
-    require_at_least(config, episodes=1, horizon=1, history=1, budget=1, seed=0)
+    require_at_least(config, episodes=1, horizon=1, history=1, seed=0)
     source = config.checkpoint or shipped(config.env)
     model, description = load_world_model(source, config.trust)
     env = open_env(config, description)
     tolerance = tolerance_of(config, env)
     seeds = unsolved_seeds(env, config.episodes, config.seed, tolerance)
     agent_of = make_agents(config, env, model)
-    steps = model_steps(config, description)
+    budget = budget_of(config, env)
+    steps = model_steps(budget, description)
     number, _ = launched()
     if number == 0:
         made.open(config)
@@ -115,7 +116,7 @@ def run(config: Plan) -> None:
         "success_ever": asdict(success_ever(episodes, tolerance)),
         "plan_seconds": plan_seconds(episodes),
         "tolerance": tolerance,
-        "budget": config.budget,
+        "budget": budget,
         "seeds": seeds,
         "final_distances": [round(episode.distances[-1], 5) for episode in episodes],
     }
@@ -193,21 +194,34 @@ def tolerance_of(config: Planning, env: gym.Env[Any, Any]) -> float:
     return simulator.tolerance if isinstance(simulator, SimulatorEnv) else 0.0
 
 
+def budget_of(config: Planning, env: gym.Env[Any, Any]) -> int:
+    """Return the environment steps of an episode: those asked for, or the environment's own.
+
+    Raises:
+        UserError: fewer than one.
+    """
+    if config.budget is not None:
+        require_at_least(config, budget=1)
+        return config.budget
+    simulator = env.unwrapped
+    return simulator.budget if isinstance(simulator, SimulatorEnv) else 50
+
+
 def stride_of(description: dict[str, Any]) -> int:
     """Return the environment steps that a step of the world model is."""
     return int(description.get("stride", 1))
 
 
-def model_steps(config: Planning, description: dict[str, Any]) -> int:
+def model_steps(budget: int, description: dict[str, Any]) -> int:
     """Return the steps of the world model that the budget of environment steps is.
 
     Raises:
         UserError: not one whole step.
     """
     stride = stride_of(description)
-    if config.budget < stride:
-        raise UserError(f"--budget is {config.budget}: the model's steps are {stride} each")
-    return config.budget // stride
+    if budget < stride:
+        raise UserError(f"--budget is {budget}: the model's steps are {stride} each")
+    return budget // stride
 
 
 def _make_env(name: str, frame: tuple[int, int, int], **options: Any) -> gym.Env[Any, Any]:
