@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -155,6 +156,7 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         env = goals_ahead(env, config.ahead)
     if stride_of(description) > 1:
         env = ActionBlocks(env, stride_of(description))
+    _compare_versions(description.get("mujoco"))
     trained = description.get("env")  # none: from a dataset that does not say
     if trained not in (None, config.env, env.spec.id if env.spec else None):
         raise UserError(f"the checkpoint was trained for env {trained!r}, not for {config.env!r}")
@@ -165,6 +167,13 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         if has != expects:
             raise UserError(f"{what} of {config.env!r} are {has}, the checkpoint expects {expects}")
     return env
+
+
+def _compare_versions(trained: str | None) -> None:
+    """Say so where a world model was trained with another main version of MuJoCo."""
+    here = mujoco.__version__
+    if trained is not None and trained.partition(".")[0] != here.partition(".")[0]:
+        print(f"trained with MuJoCo {trained}, here is {here}: motion and pictures may differ")
 
 
 def goals_ahead(env: gym.Env[Any, Any], steps: int) -> gym.Env[Any, Any]:

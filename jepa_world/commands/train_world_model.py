@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import mujoco
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -166,6 +167,7 @@ def describe(config: TrainWorldModel, data: Trajectories) -> dict[str, Any]:
         "predictor": to_dict(config)["predictor"],
         "regulariser": config.regulariser.name if config.frozen is None else "none",
         "jepa_world": jepa_world.__version__,
+        "mujoco": mujoco.__version__,
     }
 
 
