@@ -20,15 +20,9 @@ from jepa_world.commands.train_lejepa import TrainLejepa, run
 from jepa_world.config import Part, read_yaml
 from jepa_world.data.images import hold_out, load_images
 from jepa_world.methods.lejepa import build_lejepa
-from jepa_world.probes import image_features, knn_probe, linear_probe
+from jepa_world.probes import image_features, knn_probe, linear_probe, spearman
 
 WEIGHTS, RATES, WIDTHS = (0.005, 0.02, 0.08, 0.3), (5e-4, 2e-3), (16, 24)
-
-
-def spearman(x: list[float], y: list[float]) -> float:
-    """Return the correlation of the ranks; there are no ties among real numbers."""
-    one, two = (np.argsort(np.argsort(values)) for values in (x, y))
-    return float(np.corrcoef(one, two)[0, 1])
 
 
 def main() -> None:

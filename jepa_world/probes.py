@@ -519,3 +519,13 @@ def lidar(z: Float[Tensor, "n q d"], *, delta: float = 1e-4) -> float:
     gram = shown @ shown.T if len(z) > z.shape[2] else shown.T @ shown
     share = torch.linalg.eigvalsh(gram).clamp_min(0)
     return torch.special.entr(share / share.sum()).sum().exp().item()
+
+
+def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
+    """Return the correlation of the ranks of two lists of numbers; equal ones share their mean."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+    return float(np.corrcoef(ranks(np.asarray(x)), ranks(np.asarray(y)))[0, 1])

@@ -18,6 +18,7 @@ from jepa_world.probes import (
     linear_read_out,
     mlp_read_out,
     r_squared,
+    spearman,
     whiten,
 )
 
@@ -218,3 +219,10 @@ def test_a_network_reads_what_no_plane_through_the_features_tells():
     assert (deep > 0.9).all()
     again = mlp_read_out(z[:1000], y[:1000])(z[1000:])
     torch.testing.assert_close(r_squared(again, y[1000:]), deep, rtol=0, atol=0)
+
+
+def test_ranks_correlate_as_scipy_has_it():
+    from scipy.stats import spearmanr
+
+    x, y = np.random.default_rng(0).integers(0, 9, (2, 60)).astype(float)
+    assert spearman(x, y + x) == pytest.approx(spearmanr(x, y + x).statistic)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from jepa_world.checkpoint import find_checkpoint
@@ -20,6 +19,7 @@ from jepa_world.data.trajectories import Columns, Trajectories
 from jepa_world.masking import uniform_numbers
 from jepa_world.methods.temporal_distance import TemporalDistanceLearning
 from jepa_world.methods.world_model import load_world_model
+from jepa_world.probes import spearman
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.training import Training, begin, make_accelerator, train
@@ -173,4 +173,4 @@ def ranks_steps(
     z = seen["latent"] if "latent" in seen else method.encode(seen["pixels"])
     here, there = z[:, 0].chunk(2)
     distance = method.cost.between(here, there).cpu().numpy()
-    return {"steps_rank": float(spearmanr(distance, ahead).statistic)}
+    return {"steps_rank": spearman(distance, ahead.astype(np.float64))}
