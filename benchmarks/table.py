@@ -22,6 +22,7 @@ import behaviour_cloning
 
 from jepa_world.checkpoint import find_checkpoint, write_atomically
 from jepa_world.commands.evaluate import Evaluate
+from jepa_world.commands.train_cost import TrainCost
 from jepa_world.commands.train_world_model import TrainWorldModel
 from jepa_world.config import parse, read_json, read_yaml, to_dict, words_of
 from jepa_world.registry import UserError
@@ -29,6 +30,7 @@ from jepa_world.registry import UserError
 BEGIN, END = "<!-- made by benchmarks/table.py -->", "<!-- end of what it made -->"
 SCRIPTS: dict[str, tuple[str, type]] = {
     "world_model": ("train_world_model.py", TrainWorldModel),
+    "cost": ("train_cost.py", TrainCost),
     "behaviour_cloning": ("benchmarks/behaviour_cloning.py train", behaviour_cloning.Train),
     "checkpoint": ("evaluate.py", Evaluate),
     "policy": ("benchmarks/behaviour_cloning.py evaluate", behaviour_cloning.Evaluate),
@@ -49,6 +51,8 @@ class Model:
     config: dict[str, Any]
     """Of its training; empty where its folder does not say."""
     cpu_seconds: float | None
+    commands: list[str]
+    """How it was trained, if its folder says."""
 
     @classmethod
     def of(cls, path: str) -> "Model":
@@ -68,11 +72,17 @@ class Model:
             parts = " + ".join(described[part]["name"] for part in ("encoder", "predictor"))
             keeps = described.get("regulariser", "sigreg")
             kind = f"{parts}, {'frozen encoder' if config.get('frozen') else keeps}"
-        return cls(path, method, kind, config, results.get("cpu_seconds"))
+        seconds = results.get("cpu_seconds")
+        if "cost" in described and config:
+            return cls.of(config["checkpoint"]).with_cost(path, config, seconds)
+        commands = [command(method, config, path)] if config else []
+        return cls(path, method, kind, config, seconds, commands)
 
-    def commands(self) -> list[str]:
-        """Return how it was trained, if its folder says."""
-        return [command(self.method, self.config, self.path)] if self.config else []
+    def with_cost(self, path: str, config: dict[str, Any], seconds: float | None) -> "Model":
+        """Return this world model with the cost that was trained for it."""
+        both = self.cpu_seconds and seconds and round(self.cpu_seconds + seconds, 1)
+        commands = [*self.commands, command("cost", config, path)]
+        return Model(path, self.method, f"{self.kind}, learned cost", self.config, both, commands)
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ class Cell:
     def commands(self) -> list[str]:
         """Return how its models were trained, and how they were evaluated."""
         script = "checkpoint" if "checkpoint" in self.config else "policy"
-        trained = [line for model in self.models for line in model.commands()]
+        trained = [line for model in self.models for line in model.commands]
         return [*trained, command(script, self.config, str(self.folder))]
 
 

@@ -8,6 +8,7 @@ import table
 import yaml
 
 from jepa_world.checkpoint import write_json, write_yaml
+from jepa_world.commands.train_cost import TrainCost
 from jepa_world.config import parse, to_dict
 from jepa_world.evaluation import Rate
 
@@ -168,3 +169,18 @@ def test_a_real_evaluation_is_a_table(tiny_run, call, tmp_path):
     seconds = json.loads((tiny_run / "results.json").read_text())["cpu_seconds"]
     assert rows["conv + mlp, sigreg"]["CPU-s of training"] == f"{seconds:.0f}"
     assert "; n 2)" in rows["random actions"]["far, 2 steps, within 0.05: at the end"]
+
+
+def test_a_learned_cost_is_a_row_with_the_time_and_the_commands_of_both_trainings(tmp_path):
+    base, cost = trained(tmp_path / "m", 200), tmp_path / "cost"
+    words = ["--checkpoint", str(base), "--seed", "1"]
+    write_yaml(cost / "config.yaml", to_dict(parse(TrainCost, words, program="train_cost")))
+    described = yaml.safe_load((base / "checkpoint" / "config.yaml").read_text())
+    write_yaml(cost / "checkpoint" / "config.yaml", {**described, "cost": {"name": "temporal"}})
+    (cost / "checkpoint" / "model.safetensors").touch()
+    write_json(cost / "results.json", {"cpu_seconds": 50})
+    page = table.page([evaluated(tmp_path / "e", [cost], (90,))])
+    assert table_of(page)["conv + mlp, sigreg, learned cost"]["CPU-s of training"] == "250"
+    first, second, third = (line for line in page.splitlines() if line.startswith("python "))
+    assert first.startswith("python train_world_model.py") and "evaluate.py" in third
+    assert second == f"python train_cost.py --seed 1 --checkpoint {base} --run-dir {cost}"
