@@ -178,14 +178,19 @@ class Planner(Protocol):
 
 
 @runtime_checkable
+class BudgetEnv(Protocol):
+    """An environment may also offer this: how long its episodes are, if nothing else is asked."""
+
+    budget: int
+    """Steps in which a goal can be reached."""
+
+
+@runtime_checkable
 class SimulatorEnv(Protocol):
     """An environment may also offer this: true distances, for the ceiling of a perfect model."""
 
     tolerance: float
     """The largest distance that counts as success: `info["success"]` says the same."""
-
-    budget: int
-    """Steps in which a goal can be reached: how long an episode is, if nothing else is asked."""
 
     def goal_distances(self, actions: Float[np.ndarray, "s h a"]) -> Float[np.ndarray, "s h"]:
         """Return the true distance to the goal (in the unit of the tolerance) after every action.

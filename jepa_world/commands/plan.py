@@ -26,7 +26,7 @@ from jepa_world.evaluation import (
     success_ever,
     unsolved_seeds,
 )
-from jepa_world.interfaces import Planner, SimulatorEnv
+from jepa_world.interfaces import BudgetEnv, Planner, SimulatorEnv
 from jepa_world.methods.world_model import WorldModel, load_world_model
 from jepa_world.objectives import Objective, weighted_sum
 from jepa_world.policies import actions_of, usual_policy
@@ -212,8 +212,8 @@ def budget_of(config: Planning, env: gym.Env[Any, Any]) -> int:
     if config.budget is not None:
         require_at_least(config, budget=1)
         return config.budget
-    simulator = env.unwrapped
-    return simulator.budget if isinstance(simulator, SimulatorEnv) else 50
+    inner = env.unwrapped
+    return inner.budget if isinstance(inner, BudgetEnv) else 50
 
 
 def stride_of(description: dict[str, Any]) -> int:
