@@ -521,7 +521,9 @@ def lidar(z: Float[Tensor, "n q d"], *, delta: float = 1e-4) -> float:
     return torch.special.entr(share / share.sum()).sum().exp().item()
 
 
-def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
+def spearman(
+    x: Sequence[float] | Float[np.ndarray, " n"], y: Sequence[float] | Float[np.ndarray, " n"]
+) -> float:
     """Return the correlation of the ranks of two lists of numbers; equal ones share their mean."""
 
     def ranks(values: np.ndarray) -> np.ndarray:

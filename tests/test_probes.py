@@ -225,4 +225,4 @@ def test_ranks_correlate_as_scipy_has_it():
     from scipy.stats import spearmanr
 
     x, y = np.random.default_rng(0).integers(0, 9, (2, 60)).astype(float)
-    assert spearman(x, y + x) == pytest.approx(spearmanr(x, y + x).statistic)
+    assert spearman(x, y + x) == pytest.approx(spearmanr(x, y + x)[0])
