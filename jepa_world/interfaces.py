@@ -153,6 +153,23 @@ class LatentCost(Protocol):
 
 
 @runtime_checkable
+class LearnedCost(Protocol):
+    """The network that `train_cost.py` trains: `MyCost(dim, num_tokens, *, ...)`, an objective too.
+
+    `objectives.TemporalDistance` is one. A goal k steps away is (1 - discount^k) / (1 - discount)
+    away.
+    """
+
+    discount: float
+
+    def between(
+        self, z: Float[Tensor, "*b n d"], goal: Float[Tensor, "*b n d"]
+    ) -> Float[Tensor, "*b"]:
+        """Return the discounted steps from each latent to its goal."""
+        ...
+
+
+@runtime_checkable
 class Planner(Protocol):
     """Minimise a cost over actions: `MyPlanner(low, high, horizon, *, ...)`.
 

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import ship
+import torch
 
 from jepa_world.checkpoint import load_tensors
-from jepa_world.commands.plan import SHIPPED, shipped
+from jepa_world.commands.plan import SHIPPED, Planning, open_env, shipped
 from jepa_world.methods.world_model import load_world_model
+from jepa_world.registry import UserError
 
 MEGABYTES = 10
 
@@ -32,3 +35,24 @@ def test_without_arguments_plan_reaches_goals_and_says_where_it_is_shown(shell, 
     results = json.loads((folder / "results.json").read_text())
     assert results["success_end"]["n"] == 10 and results["success_end"]["rate"] >= 0.9
     assert results["checkpoint"] == str(shipped("reach"))
+
+
+def test_what_is_shipped_is_a_run_in_half_precision_and_nothing_is_overwritten(
+    tiny_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ship, "SHIPPED", tmp_path)
+    folder = ship.ship(tiny_run, "reach")
+    one, two = (load_world_model(path)[0].state_dict() for path in (tiny_run, folder))
+    assert all(
+        torch.equal(two[name], x.half().float()) for name, x in one.items() if x.is_floating_point()
+    )
+    with pytest.raises(UserError, match="nothing is overwritten"):
+        ship.ship(tiny_run, "reach")
+
+
+def test_a_model_of_another_main_version_of_mujoco_is_said_to_be(tiny_run, capsys):
+    _, description = load_world_model(tiny_run)
+    open_env(Planning(), description)
+    assert "MuJoCo" not in capsys.readouterr().out
+    open_env(Planning(), {**description, "mujoco": "1.50.0"})
+    assert "trained with MuJoCo 1.50.0, here is" in capsys.readouterr().out

@@ -112,3 +112,24 @@ def test_another_dataset_is_refused(call, tiny_run, tiny_data, tmp_path):
     (tmp_path / "dataset.yaml").write_text(yaml.safe_dump(other))
     refused = call("train_cost", "--checkpoint", tiny_run, "--data", tmp_path, *NO).complaint()
     assert "collected in 'jepa_world/Maze-v0', the model is of 'jepa_world/Reach-v0'" in refused
+
+
+def test_targets_follow_once_a_step_however_many_parts_a_batch_has():
+    method = TemporalDistanceLearning(
+        WorldModel(Circle(), nn.Identity()), TemporalDistance(2, 1, width=8), momentum=0.5
+    )
+    batch = {"latent": torch.randn(4, 3, 1, 2), "reached": torch.zeros(4, 1).bool()}
+    with torch.no_grad():
+        method.cost.layers[0].bias += 1
+    before = method.target.layers[0].bias.clone()
+    for _ in range(3):
+        method(batch, step=1)
+    assert torch.allclose(method.target.layers[0].bias, before + 0.5)
+    method.eval()(batch, step=9)
+    assert torch.allclose(method.target.layers[0].bias, before + 0.5)
+
+
+def test_a_cost_without_a_distance_is_refused(call, tiny_run, tiny_data, tmp_path):
+    words = ("--checkpoint", tiny_run, "--data", tiny_data, "--cost", "torch.nn:Bilinear", *NO)
+    refused = call("train_cost", *words, "--run-dir", tmp_path / "run").complaint()
+    assert "cost 'torch.nn:Bilinear'" in refused

@@ -248,3 +248,18 @@ def test_regularisers_that_cannot_be_are_refused(words, message, call, tiny_data
 def test_another_regulariser_does_not_resume_a_run(call, tiny_run):
     words = ("--resume", "--run-dir", tiny_run, "--regulariser.name", "none")
     assert "a model with regulariser 'sigreg'" in call("train_world_model", *words).complaint()
+
+
+def test_the_change_over_a_window_tells_what_only_differs_between_episodes_from_what_moves():
+    model = WorldModel(ConvEncoder((1, 3, 32, 32)), MLPPredictor(32, 2), VICReg(), change=0.8)
+    still = torch.randn(64, 1, 1, 32, generator=torch.Generator().manual_seed(0)).expand(
+        -1, 4, 1, 32
+    )
+    moving = torch.randn(64, 4, 1, 32, generator=torch.Generator().manual_seed(0))
+    batch = {"pixels": torch.zeros(64, 4, 32, 32, 3).byte(), "action": torch.zeros(64, 4, 2)}
+    terms = {}
+    for name, z in (("still", still), ("moving", moving)):
+        model.encode = lambda pixels, z=z: z
+        terms[name] = model(batch, step=0).terms
+    assert terms["still"]["vicreg"] < 0.2 and terms["still"]["change"] > 0.9
+    assert terms["moving"]["vicreg"] < 0.2 and terms["moving"]["change"] < 0.2

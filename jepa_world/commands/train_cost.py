@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from jepa_world.checkpoint import find_checkpoint
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.plan import shipped
 from jepa_world.commands.train_world_model import collect_default, encode_once
 from jepa_world.config import Part, require_at_least, to_dict
 from jepa_world.data.trajectories import Columns, Trajectories
+from jepa_world.interfaces import LearnedCost
 from jepa_world.masking import uniform_numbers
 from jepa_world.methods.temporal_distance import TemporalDistanceLearning
 from jepa_world.methods.world_model import load_world_model
@@ -67,12 +67,10 @@ def run(config: TrainCost) -> None:
         accumulate=config.loop.accumulate,
         compile=config.loop.compile,
     )
+    model, description = load_world_model(config.checkpoint or shipped("reach"), config.trust)
     if accelerator.is_main_process and config.data == Path("data/reach"):
         collect_default(config.data)
     accelerator.wait_for_everyone()
-    model, description = load_world_model(
-        find_checkpoint(config.checkpoint or shipped("reach")), config.trust
-    )
     store = Trajectories(config.data, pixels=config.columns.pixels, action=config.columns.action)
     check_frames(store, description)
     training, held_out = store.split(0.05)
@@ -82,6 +80,8 @@ def run(config: TrainCost) -> None:
     torch.manual_seed(config.seed)
     facts = (model.encoder.dim, model.encoder.num_tokens)
     cost = config.cost.build("cost", *facts)
+    if not (isinstance(cost, nn.Module) and isinstance(cost, LearnedCost)):
+        raise UserError(f"cost {config.cost.name!r} is no nn.Module with `discount` and `between`")
     method = TemporalDistanceLearning(model, cost, expectile=config.expectile)
     begin(
         *(made, config, {**description, "cost": to_dict(config)["cost"]}),

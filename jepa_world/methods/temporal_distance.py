@@ -19,10 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from jepa_world.interfaces import Encoder
-from jepa_world.methods.world_model import Output, WorldModel, as_video
+from jepa_world.methods.world_model import Output, WorldModel, as_video, follow
 from jepa_world.objectives import TemporalDistance
-
-TARGET = "target."  # names of weights that only training needs
 
 
 class TemporalDistanceLearning(nn.Module):
@@ -60,7 +58,7 @@ class TemporalDistanceLearning(nn.Module):
         self.predictor = model.predictor.requires_grad_(False)  # type: ignore[attr-defined]
         self.cost = cost
         self.target = copy.deepcopy(cost).requires_grad_(False)
-        self.expectile, self.momentum = expectile, momentum
+        self.expectile, self.momentum, self.followed = expectile, momentum, -1
         self.train()
 
     def train(self, mode: bool = True) -> "TemporalDistanceLearning":
@@ -77,8 +75,9 @@ class TemporalDistanceLearning(nn.Module):
         (b g)` says where the goal is the frame that follows.
         """
         z = batch["latent"] if "latent" in batch else self.encode(batch["pixels"])
-        if self.training and torch.is_grad_enabled():
-            self._follow()
+        if self.training and step > 0 and self.followed != step - 1:  # once a step, as teachers do
+            self.followed = step - 1
+            follow(self.target, self.cost, self.momentum)
         here, following, goals = z[:, :1], z[:, 1:2], z[:, 2:]
         here, following = here.expand_as(goals), following.expand_as(goals)
         estimate = self.cost.between(here, goals)
@@ -104,9 +103,3 @@ class TemporalDistanceLearning(nn.Module):
     ) -> Float[Tensor, "b g"]:
         ahead = self.target.between(following, goals).masked_fill(reached, 0.0)
         return 1 + self.cost.discount * ahead
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Move the targets towards what was learned in the step before."""
-        for slow, fast in zip(self.target.parameters(), self.cost.parameters(), strict=True):
-            slow.lerp_(fast, 1 - self.momentum)
