@@ -80,8 +80,7 @@ def run(config: TrainCost) -> None:
     torch.manual_seed(config.seed)
     facts = (model.encoder.dim, model.encoder.num_tokens)
     cost = config.cost.build("cost", *facts)
-    if not (isinstance(cost, nn.Module) and isinstance(cost, LearnedCost)):
-        raise UserError(f"cost {config.cost.name!r} is no nn.Module with `discount` and `between`")
+    check_cost(cost, config.cost.name)
     method = TemporalDistanceLearning(model, cost, expectile=config.expectile)
     begin(
         *(made, config, {**description, "cost": to_dict(config)["cost"]}),
@@ -104,6 +103,16 @@ def run(config: TrainCost) -> None:
     if accelerator.is_main_process:
         (made.folder / "features.npy").unlink(missing_ok=True)
         made.finish({**last, "seed": config.seed, **store.skipped.results()})
+
+
+def check_cost(cost: object, name: str) -> None:
+    """Check that a network keeps the contract of a learned cost.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not (isinstance(cost, nn.Module) and isinstance(cost, LearnedCost)):
+        raise UserError(f"cost {name!r} is no nn.Module with `discount` and `between`")
 
 
 def check_frames(store: Trajectories, description: dict[str, Any]) -> None:
