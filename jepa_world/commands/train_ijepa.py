@@ -42,9 +42,6 @@ class TrainIjepa(ImageTraining):
     weights: tuple[float, float] = (1.0, 20.0)
     """Weights against the error of tokens: of SIGReg of tokens, without its factor N, and of
     foretelling the hidden part as a whole, with a SIGReg of its own."""
-    isotropy: float = 0.0
-    """Weight of SIGReg of the mean token, its whole variance brought to 1: nearest neighbours then
-    weigh every direction alike."""
     steps: int = 1000
     batch_size: int = 128
     lr: float = 2e-3
@@ -63,7 +60,6 @@ def run(config: TrainIjepa) -> None:
         "teacher": teacher if config.teacher == "ema" else None,
         "views": {"crop": crop, "colour": colour},
         "whole": whole,
-        "isotropy": config.isotropy,
         "sigreg": {"slices": 64, "seed": config.seed, "weight": weight},
     }
     train_on_images("train_ijepa", config, checked_ijepa, own, draw_masks)
@@ -92,7 +88,7 @@ def check(config: TrainIjepa) -> None:
         UserError: naming the flag, the number and what is allowed.
     """
     require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
-    require_at_least(config, lr=0, weight_decay=0, isotropy=0, seed=0, image_size=8)
+    require_at_least(config, lr=0, weight_decay=0, seed=0, image_size=8)
     check_objective(config.views, config.weights)
 
 

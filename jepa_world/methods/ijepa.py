@@ -2,7 +2,6 @@
 
     with SIGReg:  loss = |predict(z_context) - z*|^2 + weight * SIGReg(z_context)
                          + whole * ((1 - s) |q - q*|^2 + s * SIGReg(q))
-                         + isotropy * SIGReg(mean of z_context, at unit variance)
     with teacher: loss = smooth-L1(predict(z_context) - normalise(z_teacher))
 
 z* are the target tokens as the same encoder sees them together, without gradient; targets and what
@@ -96,8 +95,6 @@ class IJEPA(nn.Module):
             leaves it out.
         views: Makes the image that is seen and the one that is foretold; without, both are it.
         share: Of SIGReg (which includes the factor N) in the loss of the whole.
-        isotropy: Weight of SIGReg (which includes the factor N) of the mean context token, brought
-            to a variance of 1 in all: distances between images then count every direction alike.
         shape: `(t, c, hh, ww)` of the clips that the parts are built for. Batches of other shapes
             are then allowed: the parts are taken for these, and share their weights.
         distance: Between tokens predicted and tokens to predict.
@@ -127,7 +124,6 @@ class IJEPA(nn.Module):
         whole: float = 1.0,
         views: Augmentation | None = None,
         share: float = 0.04,
-        isotropy: float = 0.0,
         shape: Shape | None = None,
         distance: Distance = "l2",
     ) -> None:
@@ -141,8 +137,6 @@ class IJEPA(nn.Module):
         self.weights = {"prediction": 1.0, "sigreg": weight}
         if whole:
             self.weights |= {"whole": whole * (1 - share), "whole_sigreg": whole * share}
-        if isotropy:
-            self.weights["isotropy"] = isotropy
 
     def forward(self, batch: dict[str, Tensor], step: int) -> Output:
         """Return the loss of images or clips, bytes, and their `index (b)` in the data.
@@ -166,8 +160,6 @@ class IJEPA(nn.Module):
         if self.projector is not None:
             q = _full_precision(self.projector(z.mean(1)))
             terms |= {"whole": (q - mean).square().mean(), "whole_sigreg": self.sigreg(q, step)}
-        if "isotropy" in self.weights:
-            terms["isotropy"] = self.sigreg(at_unit_variance(tokens.mean(1)), step)
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         latent = z.detach().mean(1)
         return Output(loss, {name: term.detach() for name, term in terms.items()}, latent)
@@ -306,14 +298,6 @@ def centre_positions(
     return z - (total / count.clamp(min=1).unsqueeze(1))[index]
 
 
-def at_unit_variance(z: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-    """Centre vectors and divide them by one number, that of all dimensions and processes."""
-    count = sum_over_processes(z.new_tensor(float(len(z))))
-    z = z - sum_over_processes(z.sum(0)) / count
-    variance = sum_over_processes(z.square().mean(1).sum()) / count
-    return z * (variance + 1e-6).rsqrt()
-
-
 def sigreg_of_tokens(
     regulariser: SIGReg, z: Float[Tensor, "b k d"], step: int
 ) -> Float[Tensor, ""]:
@@ -363,7 +347,6 @@ def assemble(
         slices, seed, weight = (description["sigreg"][key] for key in ("slices", "seed", "weight"))
         smallest, colour = (float(description["views"][key]) for key in ("crop", "colour"))
         whole, teacher = float(description["whole"]), description["teacher"]
-        isotropy = float(description.get("isotropy", 0.0))
         momentum, steps = (teacher["momentum"], teacher["steps"]) if teacher is not None else (0, 0)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"not the description of {name}: {error!r}") from error
@@ -394,7 +377,6 @@ def assemble(
         *(encoder, predictor, SIGReg(slices=slices, seed=seed), draw),
         weight=weight,
         whole=whole,
-        isotropy=isotropy,
         views=views,
         shape=built_for,
         distance=distance,
