@@ -193,7 +193,7 @@ class Shards(Sequence[Path | Member]):
         Raises:
             UserError: there is one shard alone.
         """
-        if len(self.paths) < 2:
+        if len(self.sizes) < 2:
             raise UserError(f"{str(self.paths[0])!r} is the only shard: give two, one is held out")
         typical = max(1, int(np.median(self.sizes)))
         count = max(1, min(int(share * len(self.paths)), -(-at_most // typical)))
@@ -401,8 +401,8 @@ def _tar_table(path: Path, suffixes: frozenset[str]) -> Table:
         sample = _one_of(found, refused)
         label = labels.get(key)
         names.append(sample.name)
-        about = (label.offset_data, label.size) if label else (0, 0)
-        places.append((sample.offset_data, sample.size, *about))
+        at, count = (label.offset_data, label.size) if label else (0, 0)
+        places.append((sample.offset_data, sample.size, at, count))
     return Table(tuple(names), np.array(places, np.int64).reshape(-1, 4), refused)
 
 
