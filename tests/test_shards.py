@@ -100,6 +100,9 @@ def test_what_is_listed_elsewhere_is_not_sharded(folder, tmp_path):
         find_shards(tmp_path / "*.tar")
     with pytest.raises(UserError, match="give rising numbers"):
         find_shards(tmp_path / "{9..1}.tar")
+    (tmp_path / "one").mkdir()
+    pack(tmp_path / "one" / "a.tar", {"a.png": picture(0)})
+    assert not is_sharded(tmp_path / "one")
     (tmp_path / "list.txt").write_text("../x.tar\n")
     with pytest.raises(UserError, match=r"names '\.\./x\.tar', outside its folder"):
         find_shards(tmp_path / "list.txt")
@@ -376,4 +379,5 @@ def test_commands_train_on_shards(call, folder, videos, tmp_path):
     assert done.code == 0, done.stderr
     results = json.loads((tmp_path / "v" / "results.json").read_text())
     assert results["probe"]["trained"].keys() == {"class"}
-    assert "shards are not listed" in call("train_vjepa", *words, "--clips.cache").complaint()
+    words = (*words, "--data", videos / "*.tar", "--clips.cache")
+    assert "shards are not listed" in call("train_vjepa", *words).complaint()

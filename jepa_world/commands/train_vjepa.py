@@ -190,7 +190,7 @@ def find_parts(config: TrainVjepa, accelerator: Accelerator) -> Parts:
         UserError: nothing there, too many that cannot be read, or shards that are to be cached.
     """
     flags = config.clips
-    if is_sharded(config.data):
+    if is_sharded(config.data) and not (flags.cache and config.data.is_dir()):
         if flags.cache:
             raise UserError("--clips.cache keeps a list of videos in memory: shards are not listed")
         found = (config.data, SUFFIXES, config.batch_size, flags.bad_share, accelerator)

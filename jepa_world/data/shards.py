@@ -341,15 +341,15 @@ def _folder_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
 
 
 def _holds_only_tars(folder: Path) -> bool:
-    """Say whether a folder holds tars, and beside them nothing but files of other tools' notes."""
-    found = False
+    """Say whether a folder holds tars, two at least, and beside them nothing but notes on them."""
+    tars = 0
     with os.scandir(folder) as entries:
         for entry in entries:
-            found = found or entry.name.endswith(".tar")
             suffix = os.path.splitext(entry.name)[1].lower()
             if suffix not in (".tar", ".json", ".txt", ".idx", ".parquet"):
                 return False
-    return found
+            tars += suffix == ".tar"
+    return tars > 1
 
 
 def _first_word(path: Path) -> str:
