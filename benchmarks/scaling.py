@@ -343,9 +343,9 @@ def checkpoint(folder: Path, rounds: int) -> None:
         interval = math.sqrt(2 * pause * between)  # Young; Daly subtracts `pause`
         again = (gigabytes * read + 2e9 * MEMBER / count) / 3600 + START
         lost = pause / interval + (interval / 2 + again) / between
-        clips, days = count * each, 1e9 / (count * each) / 86400
+        clips, hours = count * each, 1e9 / (count * each) / 3600
         cells = [f"{between:,.0f} h", f"{60 * interval:.0f} min", f"{lost:.2%}", f"{clips:,.0f}"]
-        cells += [f"{clips * BYTES / 1e9:.2f}", f"{clips * DECODE:,.0f}", f"{days:.1f} days"]
+        cells += [f"{clips * BYTES / 1e9:.2f}", f"{clips * DECODE:,.0f}", f"{hours:,.1f} h"]
         print(f"| {count:,} | {' | '.join(cells)} |")
 
 
