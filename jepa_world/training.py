@@ -39,6 +39,7 @@ from jepa_world.checkpoint import (
     writing,
 )
 from jepa_world.config import read_yaml, require_at_least
+from jepa_world.memory import recompute_blocks
 from jepa_world.probes import collapse_report
 from jepa_world.registry import Stopped, UserError, did_you_mean
 from jepa_world.runs import Run
@@ -60,6 +61,9 @@ class Loop:
     """Largest norm of the gradient; a longer one is shortened to it."""
     compile: bool = False
     """Compile the model: slow to begin, then faster."""
+    recompute: bool = False
+    """Forget what transformers compute inside their blocks, and compute it again for the gradient
+    (activation checkpointing): less memory, slower."""
     skips: int = 10
     """Steps in a row that are skipped because the loss or the gradient is not finite; one more ends
     the training."""
@@ -132,8 +136,8 @@ def train(
 
     Raises:
         UserError: the batch does not divide, the loss or the gradient is not finite in more steps
-            in a row than may be skipped, the checkpoint does not fit or cannot be written, or a
-            batch cannot be read.
+            in a row than may be skipped, the checkpoint does not fit or cannot be written, a batch
+            cannot be read, or there are no blocks to compute again.
         Stopped: SIGTERM came; the step was finished, and a checkpoint written.
         RuntimeError: a process that reads died or hangs, as torch says it.
     """
@@ -142,6 +146,8 @@ def train(
     optimizer = AdamW(_parameter_groups(method, config.weight_decay), lr=config.lr)
     checkpoints = _Checkpoints(run_dir, method, optimizer, accelerator, config.loop)
     state = checkpoints.load() if config.resume else _State()
+    if config.loop.recompute:
+        recompute_blocks(method)
     model, prepared = accelerator.prepare(method, optimizer)
     log = _Log(run_dir, state.step, accelerator)
     batches = _batches(_Batches(read, num_samples, config, share), state.step, workers, patience)
