@@ -17,12 +17,13 @@ def label(words):
 
 
 SERVER = """
-import gc, json, os, random, shutil, signal, socket, sys, time, traceback
+import gc, json, os, random, shutil, signal, socket, sys, threading, time, traceback
 from functools import partial
 from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from tqdm import tqdm
 from jepa_world.checkpoint import load_tensors
 from jepa_world.commands import main
 from jepa_world.commands import train_cost, train_ijepa, train_lejepa, train_vjepa
@@ -318,6 +319,7 @@ def same(one, two):
 
 
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # forks share its own: one killed with it would stop the others
 how = json.loads(sys.argv[1])
 folder = Path(how.pop("folder"))
 os.environ["ACCELERATE_USE_CPU"] = "1"
