@@ -1,4 +1,4 @@
-"""Declared dependencies: bounded below, met by pins and by what is installed, without known holes."""
+"""Dependencies: bounded below, met by pins and by what is installed, without known holes."""
 
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
