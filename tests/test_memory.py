@@ -1,6 +1,7 @@
 """What saves memory changes no number: blocks that compute again."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -120,6 +121,22 @@ def test_a_command_trains_the_same_weights_with_blocks_that_compute_again(
         assert call("train_world_model", *words.split(), tmp_path / name, *flags).code == 0
     one, two = (tmp_path / n / "checkpoint" / "training.safetensors" for n in ("kept", "again"))
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+def test_compiled_it_trains_as_it_does_plain_with_blocks_that_compute_again(
+    tiny_data, tmp_path, call
+):
+    words = "--encoder vit --encoder.dim 16 --encoder.depth 2 --encoder.heads 2 --encoder.patch 16"
+    words += " --predictor adaln --predictor.width 16 --predictor.depth 2 --steps 3 --batch-size 4"
+    words += f" --log-every 1 --precision no --data {tiny_data} --run-dir"
+    ways = {"plain": (), "compiled": ("--loop.compile", "--loop.recompute")}
+    for name, flags in ways.items():
+        assert call("train_world_model", *words.split(), tmp_path / name, *flags).code == 0
+    one, two = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ways)
+    for plain, compiled in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert compiled[name] == pytest.approx(plain[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("encoder", [ConvEncoder, ResNetEncoder])
