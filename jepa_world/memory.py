@@ -76,7 +76,16 @@ def sharded(model: nn.Module, device: torch.device) -> nn.Module:
     Blocks are gathered one at a time, the rest of each part (encoder, predictor) with it. Outside
     of them parameters are shards, in a `forward` of the model too: a moving average of an encoder
     follows shard by shard.
+
+    Raises:
+        UserError: a parameter without an axis.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise UserError(
+                f"--loop.shard: {name!r} is a single number, which cannot be shared out: drop the "
+                "flag, or give it an axis"
+            )
     from torch.distributed.device_mesh import init_device_mesh  # takes seconds
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

@@ -12,7 +12,7 @@ from jepa_world.encoders.conv import ConvEncoder
 from jepa_world.encoders.resnet import ResNetEncoder
 from jepa_world.encoders.vit import PooledViTEncoder, ViTEncoder
 from jepa_world.masking import MultiBlockMasks
-from jepa_world.memory import recompute_blocks
+from jepa_world.memory import recompute_blocks, sharded
 from jepa_world.methods.ijepa import IJEPA, TeacherIJEPA
 from jepa_world.methods.world_model import WorldModel
 from jepa_world.predictors.adaln import AdaLNPredictor
@@ -144,6 +144,13 @@ def test_blocks_with_batch_norm_are_not_run_twice(encoder):
     """It would count its batch twice: nothing is left to compute again, which is said."""
     with pytest.raises(UserError, match=r"--loop.recompute: .*drop it, or choose a transformer"):
         recompute_blocks(encoder((1, 3, 32, 32), stages=2))
+
+
+def test_a_number_that_cannot_be_shared_out_is_told_by_its_name():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(UserError, match="'scale' is a single number"):
+        sharded(model, torch.device("cpu"))
 
 
 def test_batch_norm_beside_blocks_counts_its_batch_once():

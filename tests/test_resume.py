@@ -12,6 +12,9 @@ from conftest import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 
 
+STAGED = (*COMMANDS[3:5], ("train_vjepa", "--clips.stages", 0.5, 2, 32))
+
+
 def label(words):
     return " ".join(map(str, words))
 
@@ -376,10 +379,12 @@ def test_two_processes_of_every_command_equal_one(tmp_path, words):
     assert serve(tmp_path, "processes", words=line) < 1e-9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
-    [*COMMANDS[1:5], ("train_vjepa", "--clips.stages", 0.5, 2, 32)],
+    [
+        COMMANDS[2],
+        *(pytest.param(words, marks=pytest.mark.slow) for words in (*COMMANDS[1:2], *STAGED)),
+    ],
     indirect=True,
     ids=label,
 )
