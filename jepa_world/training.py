@@ -149,11 +149,12 @@ def train(
     accelerator.init_trackers("jepa-world")
     if config.loop.recompute:
         recompute_blocks(method)
-    trained = _sharded(method, accelerator) if _shards(config.loop, accelerator) else method
+    shards = _shards(config.loop, accelerator)
+    trained = _sharded(method, accelerator) if shards else method
     optimizer = AdamW(_parameter_groups(trained, config.weight_decay), lr=config.lr)
     checkpoints = _Checkpoints(run_dir, method, trained, optimizer, accelerator, config.loop)
     state = checkpoints.load() if config.resume else _State()
-    model, prepared = _prepared(trained, optimizer, accelerator, alone=trained is not method)
+    model, prepared = _prepared(trained, optimizer, accelerator, alone=shards)
     log = _Log(run_dir, state.step, accelerator)
     batches = _batches(_Batches(read, num_samples, config, share), state.step, workers, patience)
     with _noticing_termination() as asked:
@@ -180,16 +181,18 @@ def train(
             log.write(done, learning_rate(step, config.steps, config.lr))
             if saved:
                 checkpoints.save(state, log.last if due else None)
-            if trained is not method and not last:
+            if saved and shards and not last:
                 method.cpu()
             if taken.stop:
                 break
     accelerator.wait_for_everyone()
     batches.close()
-    let_go(trained)
+    if shards:
+        let_go(trained)
     del trained, optimizer, checkpoints
     model, prepared = accelerator.free_memory(model, prepared)  # they hold the process group
-    gc.collect()  # and what is sharded holds itself
+    if shards:
+        gc.collect()  # what is sharded holds itself
     accelerator.end_training()
     if state.step < config.steps:
         raise Stopped(
