@@ -55,9 +55,9 @@ class Line(nn.Module):
         return Output(loss, {}, torch.randn(8, 2))
 
 
-def line(folder, resume, dropout=0.5, bad=()):
+def line(folder, resume, dropout=0.5, bad=(), shard=False):
     '''Train a line for six steps, two checkpoints and the best kept; some numbers are NaN.'''
-    loop = Loop(keep=2, best=("error", "min"))
+    loop = Loop(keep=2, best=("error", "min"), shard=shard)
     config = Training(
         steps=6, batch_size=4, lr=0.1, log_every=1, checkpoint_every=1, loop=loop, resume=resume
     )
@@ -299,11 +299,11 @@ def two_of(work, folder):
     assert [ended(pid) for pid in pids] == [0, 0], (folder.parent / "log").read_text()
 
 
-def skipped(folder):
+def skipped(folder, shard):
     '''Train with a number that is NaN in one of two processes; return the steps skipped.'''
     def work(run, resume, **launched):
         os.environ |= launched
-        line(run, resume, dropout=0.0, bad=[3])
+        line(run, resume, dropout=0.0, bad=[3], shard=shard)
 
     finish(work, folder / "one")
     two_of(work, folder / "two")
@@ -401,6 +401,9 @@ def test_sharded_over_two_processes_every_method_of_a_world_model_equals_one(tmp
 
 
 @pytest.mark.slow
-def test_processes_skip_the_same_steps_when_one_of_them_meets_a_number_that_is_not_finite(tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_processes_skip_the_same_steps_when_one_of_them_meets_a_number_that_is_not_finite(
+    tmp_path, shard
+):
     """Twelve samples, one NaN, four in a batch: two of six steps, as on one process."""
-    assert serve(tmp_path, "skipped") == 2
+    assert serve(tmp_path, "skipped", shard=shard) == 2
