@@ -175,6 +175,12 @@ def test_a_world_model_is_trained_on_what_is_whole_of_a_share_that_is_allowed(
     assert results["skipped"]["count"] == 3
 
 
+def test_a_description_of_a_store_whose_settings_are_none_is_refused(store):
+    (store / "dataset.yaml").write_text("settings:\n")
+    with pytest.raises(UserError, match=r"dataset.yaml' has the settings None: expected keys"):
+        Trajectories(store)
+
+
 def test_an_episode_with_nan_is_left_out_of_windows_and_statistics(store):
     with h5py.File(store / "shard-00000.h5", "r+") as file:
         column: Any = file["action"]
