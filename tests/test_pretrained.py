@@ -155,7 +155,7 @@ def test_facts_that_no_weight_tells_are_asked_for(tmp_path):
 )
 def test_bytes_that_are_no_pickle_are_refused_in_one_line(content, tmp_path):
     (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read as weights alone: .+$"):
+    with pytest.raises(ValueError, match=r"cannot be read as weights alone: .+$"):
         load_ijepa(tmp_path / "w.pth")
 
 
