@@ -224,7 +224,7 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, lr)
         index = torch.from_numpy(batch_index(len(images), BATCH, seed, step))
-        with torch.autocast("cpu", torch.bfloat16, enabled=native_precision() == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
             loss = method({"pixels": images[index], "index": index}, step).loss
         optimizer.zero_grad()
         loss.backward()
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.04, help="of SIGReg in the whole")
     parser.add_argument("--crop", type=float, default=0.5, help="least share, of two views")
     parser.add_argument("--colour", type=float, default=1.5, help="strength, of two views")
+    parser.add_argument("--precision", choices=("no", "bf16"), default=native_precision())
     parser.add_argument("--seeds", type=int, default=1, help="so many, from 0")
     parser.add_argument("objectives", nargs="*", choices=[[], *METHODS, *OBJECTIVES])
     options = parser.parse_args()

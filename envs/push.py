@@ -32,12 +32,12 @@ import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
 SUBSTEPS = 10  # of 0.01 s: one step of the environment is 0.1 s
 EDGE = 0.25  # metres; the table is a square of twice that
 STEP = 0.03  # metres the disc moves in a step under an action of 1
-PLACE = 0.12  # metres; the block's centre is drawn within this of the table's, along x and y
-CLEAR = 0.14  # metres; the disc is drawn at least this far from the block's centre
+PLACE = 0.07  # metres; the block's centre is drawn within this of the table's, along x and y
+CLEAR = 0.16  # metres; the disc is drawn at least this far from the block's centre
 FAR = 0.10  # metres; the block moves less in a step
 SLACK = 0.005  # metres; contacts are a little soft, and a state seen in one can be set again
-CIRCLE = 0.13  # metres; the disc passes the block of any size at this distance from its centre
-SQUARE = {"bar": (0.04, 0.02, 0.02), "stem": (0.04, 0.02, 0.02)}  # half sizes of the two halves
+CIRCLE = 0.165  # metres; the disc passes the block of any size at this distance from its centre
+SQUARE = {"bar": (0.05, 0.025, 0.02), "stem": (0.05, 0.025, 0.02)}  # half sizes of the two halves
 
 
 class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -48,17 +48,18 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     of the disc along x and y; 1 is 0.3 m/s, 3 cm in the step of 0.1 s. Reward: minus the distance
     to the goal. An episode never terminates.
 
-    The block is a "t", 12 cm wide and long, or a "square" of 8 cm. Success: its centre of mass
-    within `tolerance` metres of the goal's and its angle within `angle_tolerance` radians, a
-    square's modulo a quarter turn. The distance to the goal is the larger of the two, in metres, an
-    angle of `angle_tolerance` counting as `tolerance`. Where the disc ends does not matter.
+    The block is a "t", 16 cm wide and long, its stem of another colour, or a "square" of 10 cm.
+    Success: its centre of mass within `tolerance` metres of the goal's and its angle within
+    `angle_tolerance` radians, a square's modulo a quarter turn. The distance to the goal is the
+    larger of the two, in metres, an angle of `angle_tolerance` counting as `tolerance`. Where the
+    disc ends does not matter.
 
     `info`: "goal" (like an observation), "success", "configuration" (disc x, y, block x, y, angle),
     "state" (the same, then their rates in m/s and rad/s), "proprio" (the same with cosine and sine
     of the angle in place of the angle, of four times the angle for a square; float32), "factors".
 
     `reset(options={"start": c, "goal": c})` sets configurations; what is left out is drawn: the
-    block's centre within 12 cm of the table's along x and y, at any angle, the disc elsewhere.
+    block's centre within 7 cm of the table's along x and y, at any angle, the disc elsewhere.
     `factors` of the options, or of the constructor for all episodes, vary it ("random", or a value
     or "random" by name): "light", "table_color", "block_color", "disc_color" (red, green, blue),
     "camera" (shift in metres along x and y), "zoom", "block_size", "disc_size" and "friction"
@@ -99,6 +100,7 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
         model = _model(block)
+        self._materials = ("block", "stem") if block == "t" else ("block",)
         self._scene = Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model))
         self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
         self._factors = factors
@@ -170,7 +172,7 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         disc, here = there[:2], there[2:4].copy()
         while np.linalg.norm(there[2:4] - here) < FAR or self._gap(disc, there[2:]) < 0:
             there[2:4] = generator.uniform(-PLACE, PLACE, 2)
-        return self._scene.implausible(there, ("block",), generator)
+        return self._scene.implausible(there, self._materials, generator)
 
     def render(self) -> np.ndarray | None:
         """Return the last observation, or None without a render mode."""
@@ -248,9 +250,10 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Return the place and the normal (x, y, nx, ny) in the block's frame that help most."""
         pushes = self._places()
         advance, gain = self._advance(pushes, target)
+        disc, block = self._scene.data.qpos[:2], self._scene.data.qpos[2:]
+        gain[~self._on_table(pushes[:, :2] + 0.01 * pushes[:, 2:])] = 0
         if (advance < 0.002).all() or gain.max() < 4e-6:
             return None
-        disc, block = self._scene.data.qpos[:2], self._scene.data.qpos[2:]
         here = (disc - block[:2]) @ _rotation(block[2])
         way = np.linalg.norm(here - pushes[:, :2], axis=1)
         return pushes[(gain * np.exp(-way / 0.3)).argmax()]
@@ -270,16 +273,16 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _advance(self, pushes: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return how far (m) to push at each place, and by how much that lowers the squared error.
 
-        A radian counts as 6 cm. Under drag a push by 1 along -normal moves the centre by f / c and
+        A radian counts as 8 cm. Under drag a push by 1 along -normal moves the centre by f / c and
         turns it by f (r x d) / c_turn, with f = 1 / (1 / c + (r x d)^2 / c_turn).
         """
         block, damping = self._scene.data.qpos[2:], self._scene.model.dof_damping
         place, push = pushes[:, :2], -pushes[:, 2:]
         lever = place[:, 0] * push[:, 1] - place[:, 1] * push[:, 0]
         force = 1 / (1 / damping[2] + lever**2 / damping[4])
-        motion = np.column_stack([push / damping[2], 0.06 * lever / damping[4]]) * force[:, None]
+        motion = np.column_stack([push / damping[2], 0.08 * lever / damping[4]]) * force[:, None]
         offset = (target[:2] - block[:2]) @ _rotation(block[2])
-        error = np.array([*offset, 0.06 * self._turn(block[2], target[2])])
+        error = np.array([*offset, 0.08 * self._turn(block[2], target[2])])
         along, power = motion @ error, (motion**2).sum(1)
         advance = np.clip(along / power, 0, 0.08)
         return advance, 2 * advance * along - advance**2 * power
@@ -296,8 +299,28 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             if aside < 0.012 and (here - behind) @ push[2:] > -0.005:
                 goal = behind
             else:
-                goal = _round(here, behind, push[2:])
+                goal = self._round(here, behind, push[2:])
             yield self._towards(goal)
+
+    def _round(self, here: np.ndarray, behind: np.ndarray, normal: np.ndarray) -> np.ndarray:
+        """Return the next place on a circle about the block, on the way to before `behind`.
+
+        Outward first, where the table has room for it.
+        """
+        out = behind @ normal
+        entry = behind + normal * (np.sqrt(CIRCLE**2 - behind @ behind + out**2) - out)
+        angle, wanted = (np.arctan2(place[1], place[0]) for place in (here, entry))
+        outward = CIRCLE * np.array([np.cos(angle), np.sin(angle)])
+        if np.linalg.norm(here) < CIRCLE - 0.02 and self._on_table(outward):
+            return outward
+        turn = np.clip((wanted - angle + np.pi) % (2 * np.pi) - np.pi, -0.35, 0.35)
+        return CIRCLE * np.array([np.cos(angle + turn), np.sin(angle + turn)])
+
+    def _on_table(self, places: np.ndarray) -> np.ndarray:
+        """Return whether the disc has room at places (..., 2) in the block's frame."""
+        block = self._scene.data.qpos[2:]
+        world = block[:2] + places @ _rotation(block[2]).T
+        return np.abs(world).max(-1) < EDGE - self._radius
 
     def _towards(self, place: np.ndarray) -> np.ndarray:
         """Return the action that moves the disc to a place in the block's frame."""
@@ -311,17 +334,6 @@ def _quantities(period: float) -> tuple[Quantity, ...]:
     rates = [Quantity(f"{place.name} rate", "m/s") for place in places]
     turn = Quantity("block angle", "rad", period)
     return (*places, turn, *rates, Quantity("block angle rate", "rad/s"))
-
-
-def _round(here: np.ndarray, behind: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """Return the next place on a circle about the block, on the way to the normal at a place."""
-    out = behind @ normal
-    entry = behind + normal * (np.sqrt(CIRCLE**2 - behind @ behind + out**2) - out)
-    angle, wanted = (np.arctan2(place[1], place[0]) for place in (here, entry))
-    turn = np.clip((wanted - angle + np.pi) % (2 * np.pi) - np.pi, -0.35, 0.35)
-    if np.linalg.norm(here) < CIRCLE - 0.02:
-        turn = 0.0  # outward first
-    return CIRCLE * np.array([np.cos(angle + turn), np.sin(angle + turn)])
 
 
 def _rotation(angle: float) -> np.ndarray:
@@ -342,7 +354,7 @@ def _model(block: str) -> mujoco.MjModel:
     if block == "square":
         for side, (name, size) in zip((1, -1), SQUARE.items(), strict=True):
             spec.geom(name).size, spec.geom(name).pos = size, (0, side * size[1], 0)
-            spec.geom(name).mass = 0.05
+            spec.geom(name).mass, spec.geom(name).material = 0.05, "block"
     return spec.compile()
 
 

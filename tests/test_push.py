@@ -28,12 +28,12 @@ def turned(places, angle):
     return places @ np.array([[cos, sin], [-sin, cos]])
 
 
-SHOVE = np.repeat([[0.7, 0.1], [0.5, -0.3], [-0.4, 0.2]], [9, 4, 3], axis=0)
+SHOVE = np.repeat([[0.6, 0.1], [0.5, -0.3], [-0.4, 0.2]], [9, 4, 3], axis=0)
 
 
 @pytest.mark.parametrize("angle", [np.pi / 2, 0.7])
 def test_no_direction_of_the_table_is_another(push, angle):
-    start = np.array([-0.12, 0.02, 0.0, 0.0, 0.4])
+    start = np.array([-0.14, 0.02, 0.0, 0.0, 0.4])
     plain = states(push, start, SHOVE)
     assert np.linalg.norm(plain[-1, 2:4]) > 0.05 and abs(plain[-1, 4] - 0.4) > 0.1
     begun = np.array([*turned(start[:2], angle), 0.0, 0.0, 0.4 + angle])
@@ -45,7 +45,7 @@ def test_no_direction_of_the_table_is_another(push, angle):
 
 def test_a_mirror_image_moves_as_the_mirror_image(push):
     flip = np.array([-1, 1, -1, 1, -1])
-    plain = states(push, np.array([-0.12, 0.02, 0.0, 0.0, 0.0]), SHOVE)
+    plain = states(push, np.array([-0.14, 0.02, 0.0, 0.0, 0.0]), SHOVE)
     other = states(push, flip * plain[0], SHOVE * [-1, 1])
     np.testing.assert_allclose(other, flip * plain, atol=1e-3)
 
@@ -54,14 +54,14 @@ def test_the_block_moves_only_when_it_is_touched_and_soon_rests(push):
     away = states(push, (-0.2, -0.2, 0.0, 0.1, 1.0), [(0.5, 0.1)] * 8)
     np.testing.assert_array_equal(away[:, 2:], np.tile(away[0, 2:], (9, 1)))
     np.testing.assert_allclose(away[2:, 0] - away[1:-1, 0], 0.5 * STEP, rtol=0.02)
-    shoved = states(push, (-0.12, 0.01, 0.0, 0.0, 0.0), [(1, 0)] * 5 + [(-1, 0)] * 6)
+    shoved = states(push, (-0.14, 0.01, 0.0, 0.0, 0.0), [(1, 0)] * 5 + [(-1, 0)] * 6)
     assert shoved[-1, 2] > 0.01
     np.testing.assert_allclose(shoved[-1, 2:], shoved[-3, 2:], atol=1e-4)
 
 
 def test_nothing_leaves_the_table_and_the_disc_stays_out_of_the_block(push):
     actions = np.random.default_rng(0).choice([-1.0, 1.0], (30, 2)).repeat(5, axis=0)
-    push.reset(options={"start": (-0.1, 0.0, 0.0, 0.0, 0.5)})
+    push.reset(options={"start": (-0.14, 0.0, 0.0, 0.0, 0.5)})
     for step, action in enumerate(actions):
         place = push.step(action)[4]["configuration"]
         assert np.abs(place[:4]).max() < EDGE
@@ -74,7 +74,7 @@ def test_a_larger_block_is_touched_from_farther_away(size):
     env = envs.make("push_square", size=16).unwrapped
     path = states(env, (-0.15, 0.0, 0.0, 0.0, 0.0), [(0.2, 0)] * 22, block_size=size)
     touched = np.flatnonzero(path[:, 2] > 1e-4)[0]
-    assert path[touched, 0] == pytest.approx(-(0.04 * size + 0.02), abs=0.006)
+    assert path[touched, 0] == pytest.approx(-(0.05 * size + 0.02), abs=0.006)
 
 
 def test_slippery_blocks_follow_less():
@@ -96,7 +96,7 @@ def test_distance_is_the_larger_of_place_and_angle_in_tolerances():
         ((0.0, 0.02, 2 * np.pi + 0.1), 0.02),
         ((0.0, 0.0, np.pi), 0.03 * np.pi / 0.5),
     ):
-        _, info = env.reset(options={"start": start, "goal": start + np.array([0.1, 0.1, *offset])})
+        _, info = env.reset(options={"start": start, "goal": start + np.array([0.2, 0.0, *offset])})
         assert env.goal_distance() == pytest.approx(distance)
         assert info["success"] == (distance <= 0.03)
 
@@ -146,7 +146,7 @@ def test_guides_move_the_block_where_random_actions_seldom_do(push):
             for _ in range(40):
                 *_, info = push.step(next(actions))
             moved[policy] += np.abs(info["configuration"][2:] - before).max() > 0.03
-    assert moved["guided"] == 8 and moved["random"] <= 4
+    assert moved["guided"] == 8 and moved["random"] <= 5
 
 
 @pytest.mark.parametrize(
