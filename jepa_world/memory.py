@@ -99,7 +99,8 @@ def sharded(model: nn.Module, device: torch.device) -> nn.Module:
         for name in ENTRANCES:
             if name in dir(unit):
                 register_fsdp_forward_method(unit, name)
-    return fully_shard(copied, mesh=mesh)
+    fully_shard(copied, mesh=mesh)
+    return copied
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -219,11 +219,10 @@ def _sharded(method: nn.Module, accelerator: Accelerator) -> nn.Module:
 def _prepared(
     model: nn.Module, optimizer: AdamW, accelerator: Accelerator, *, alone: bool
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """Return model and optimiser with their precision; gradients are averaged by one of the two."""
-    if alone:  # its shards average them
-        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare(
-            optimizer
-        )
+    """Return model and optimiser with their precision, the model in what averages its gradients."""
+    if alone:  # shards average them
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        return model, accelerator.prepare(optimizer)
     return accelerator.prepare(model, optimizer)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ from jepa_world.registry import UserError
 from jepa_world.sigreg import SIGReg
 
 SHAPE = (1, 3, 16, 16)
-SMALL = {"dim": 16, "depth": 2, "heads": 2}
-BLOCKS = {"width": 16, "depth": 2, "heads": 2}
+SMALL: dict[str, Any] = {"dim": 16, "depth": 2, "heads": 2}
+BLOCKS: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2}
 
 
 def world_model(predictor, pooled=False):
