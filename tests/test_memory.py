@@ -39,7 +39,7 @@ def world_model(predictor, pooled=False):
 
 
 def masked(predictor, teacher=False):
-    encoder = ViTEncoder(SHAPE, patch=4, positions="rotary", **SMALL | {"dim": 24})
+    encoder = ViTEncoder(SHAPE, patch=4, positions="rotary", dim=24, depth=2, heads=2)
     parts = encoder, predictor(24, encoder.grid, **BLOCKS)
     masks = MultiBlockMasks(encoder.grid)
     return (
