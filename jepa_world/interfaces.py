@@ -174,11 +174,11 @@ class Planner(Protocol):
     """Minimise a cost over actions: `MyPlanner(low, high, horizon, *, ...)`.
 
     `low` and `high` are `(a,)` bounds; every action that is evaluated or returned lies within them.
-    A planner sees a cost, never a model; if it needs more than costs, a `LatentCost`. The plan of
-    an episode depends on no other episode, and candidates whose cost is not finite are never
-    returned. It draws its samples from a generator of its own, seeded by its `seed` option. Agents
-    plan within `torch.no_grad`: a planner that follows slopes enables gradients itself, and leaves
-    none in the parameters behind the cost.
+    A planner sees a cost, never a model; if it needs more than costs, a `LatentCost`, and says so
+    by an attribute `needs_latents = True`. The plan of an episode depends on no other episode, and
+    candidates whose cost is not finite are never returned. It draws its samples from a generator of
+    its own, seeded by its `seed` option. Agents plan within `torch.no_grad`: a planner that follows
+    slopes enables gradients itself, and leaves none in the parameters behind the cost.
 
     Example:
         >>> import torch

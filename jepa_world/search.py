@@ -1,10 +1,11 @@
 """What planners share: their random numbers, noise over time, the cheapest plans, descent."""
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from jepa_world.interfaces import Cost
+from jepa_world.interfaces import Cost, Planner
 from jepa_world.registry import UserError
 
 
@@ -40,6 +41,34 @@ class Draws:
         if self.generator is None or self.generator.device != device:
             self.generator = torch.Generator(device).manual_seed(self.seed)
         return self.generator
+
+
+class SingleActions:
+    """A planner for steps of several actions that searches over the actions one by one.
+
+    Noise that is correlated over time is then correlated within a step as well; drawn for each
+    action of a step by itself it cancels out, and the step leads nowhere.
+
+    Args:
+        planner: For single actions, over `stride` times as many steps.
+        stride: Actions of a step.
+
+    Example:
+        >>> import torch
+        >>> from jepa_world.planners.cem import CEM
+        >>> planner = SingleActions(CEM(-torch.ones(2), torch.ones(2), horizon=15), 5)
+        >>> planner(lambda a: a.square().sum((-1, -2)), torch.zeros(1, 3, 10)).shape
+        torch.Size([1, 3, 10])
+    """
+
+    def __init__(self, planner: Planner, stride: int) -> None:
+        self.planner, self.stride = planner, stride
+
+    def __call__(self, cost: Cost, start: Float[Tensor, "b h ka"]) -> Float[Tensor, "b h ka"]:
+        """Return the plan of the planner within, in steps again."""
+        singly, k = rearrange(start, "b h (k a) -> b (h k) a", k=self.stride), self.stride
+        plan = self.planner(lambda a: cost(rearrange(a, "b s (h k) a -> b s h (k a)", k=k)), singly)
+        return rearrange(plan, "b (h k) a -> b h (k a)", k=k)
 
 
 def ar1_filter(correlation: float, horizon: int) -> Float[Tensor, "h h"]:

@@ -11,19 +11,25 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, parse_flag_from_env, patch_environment, set_seed
+from accelerate.utils import (
+    LoggerType,
+    gather_object,
+    parse_flag_from_env,
+    patch_environment,
+    set_seed,
+)
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -45,6 +51,8 @@ from jepa_world.probes import collapse_report
 from jepa_world.registry import Stopped, UserError, did_you_mean
 from jepa_world.runs import Run
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Read = Callable[[Int[np.ndarray, " b"], int], dict[str, Tensor]]
 """Return the batch of these samples at a step; pickled where processes of their own read."""
 Evaluate = Callable[[], dict[str, float]]
@@ -118,6 +126,7 @@ def train(
     accelerator: Accelerator,
     run_dir: Path,
     evaluate: Evaluate | None = None,
+    sizes: Int[np.ndarray, " shards"] | None = None,
     workers: int = 0,
     patience: float = 0.0,
 ) -> dict[str, float]:
@@ -132,6 +141,7 @@ def train(
         accelerator: Of this process.
         run_dir: Receives `metrics.jsonl` and `checkpoint/`; resumed from, if asked.
         evaluate: Runs on all processes, in evaluation mode, before a checkpoint.
+        sizes: Samples of every shard, where samples lie in shards: read as in `sharded_index`.
         workers: Processes that read batches ahead; with 0, batches are read when they are needed.
         patience: Seconds to wait for a batch of theirs; 0 is for ever.
 
@@ -152,11 +162,14 @@ def train(
     shards = _shards(config.loop, accelerator)
     trained = _sharded(method, accelerator) if shards else method
     optimizer = AdamW(_parameter_groups(trained, config.weight_decay), lr=config.lr)
-    checkpoints = _Checkpoints(run_dir, method, trained, optimizer, accelerator, config.loop)
+    checkpoints = _Checkpoints(
+        run_dir, method, trained, optimizer, accelerator, config.loop, num_samples
+    )
     state = checkpoints.load() if config.resume else _State()
     model, prepared = _prepared(trained, optimizer, accelerator, alone=shards)
     log = _Log(run_dir, state.step, accelerator)
-    batches = _batches(_Batches(read, num_samples, config, share), state.step, workers, patience)
+    batches = _Batches(read, num_samples, config, share, sizes)
+    batches = _batches(batches, state.step, workers, patience)
     with _noticing_termination() as asked:
         for step in _progress(state.step, config.steps, accelerator):
             set_seed(_step_seed(config.seed, step))
@@ -371,6 +384,45 @@ def batch_index(num_samples: int, batch_size: int, seed: int, step: int) -> Int[
     return np.concatenate(index)[position - epochs[0] * num_samples]
 
 
+def sharded_index(
+    sizes: Int[np.ndarray, " shards"],
+    batch_size: int,
+    seed: int,
+    position: Int[np.ndarray, " b"],
+) -> Int[np.ndarray, " b"]:
+    """Return the samples at some positions of an endless order in which shards are read.
+
+    An epoch is one row of samples: the shards in a random order, in each its samples in a random
+    order. The row is cut into `batch_size` lanes of one length, or one sample more, and a step
+    takes the next sample of every lane. So every sample comes once an epoch, a batch has samples of
+    as many shards as there are lanes, and a process reads the shards of its own lanes alone. All of
+    it is a function of seed and position: no buffer, nothing to save, and no list of samples.
+
+    Args:
+        sizes: Samples of every shard, none of them empty.
+        batch_size: Of all processes together: the number of lanes.
+        seed: Of the orders.
+        position: Counted over all epochs; the step times the batch size is where a batch begins.
+    """
+    ends = np.cumsum(sizes)
+    epochs, place = np.divmod(position, int(ends[-1]))
+    row, lane = np.divmod(place, batch_size)
+    length, longer = divmod(int(ends[-1]), batch_size)
+    along = lane * length + np.minimum(lane, longer) + row
+    index = np.empty_like(position)
+    for epoch in np.unique(epochs).tolist():
+        order = _shuffled(len(sizes), seed, epoch)
+        reached = np.cumsum(sizes[order])
+        here = np.flatnonzero(epochs == epoch)
+        turn = np.searchsorted(reached, along[here], side="right")
+        shards = order[turn]
+        left = reached[turn] - along[here]  # from a sample to the end of its shard
+        for i, shard, back in zip(here, shards.tolist(), left.tolist(), strict=True):
+            within = _shuffled_shard(int(sizes[shard]), seed, epoch, shard)
+            index[i] = ends[shard] - sizes[shard] + within[-back]
+    return index
+
+
 def begin(
     made: Run,
     config: Training,
@@ -439,14 +491,19 @@ class _Batches(Dataset[dict[str, Tensor] | UserError]):
     num_samples: int
     config: Training
     share: Int[np.ndarray, " share"]
+    sizes: Int[np.ndarray, " shards"] | None
 
     def __getitem__(self, step: int) -> dict[str, Tensor] | UserError:
-        config = self.config
-        index = batch_index(self.num_samples, config.batch_size, config.seed, step)[self.share]
         try:
-            return self.read(index, step)
+            return self.read(self._index(step), step)
         except UserError as error:
             return error
+
+    def _index(self, step: int) -> Int[np.ndarray, " share"]:
+        batch_size, seed = self.config.batch_size, self.config.seed
+        if self.sizes is not None:
+            return sharded_index(self.sizes, batch_size, seed, step * batch_size + self.share)
+        return batch_index(self.num_samples, batch_size, seed, step)[self.share]
 
 
 def _batches(
@@ -479,6 +536,11 @@ def _shuffled(num_samples: int, seed: int, epoch: int) -> Int[np.ndarray, " n"]:
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
+@lru_cache(maxsize=256)  # of 10,000 samples: 10 MB
+def _shuffled_shard(size: int, seed: int, epoch: int, shard: int) -> Int[np.ndarray, " n"]:
+    return np.random.default_rng([seed, epoch, shard]).permutation(size).astype(np.int32)
+
+
 def _step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
@@ -495,6 +557,15 @@ def _progress(first: int, steps: int, accelerator: Accelerator) -> Iterable[int]
     hidden = not accelerator.is_main_process
     numbers = range(first, steps)
     return tqdm(numbers, "training", steps, initial=first, disable=hidden, mininterval=1.0)
+
+
+def divided(
+    work: Callable[[Item], Result], items: Sequence[Item], accelerator: Accelerator
+) -> list[Result]:
+    """Return what some work makes of every item: each done by one process, and known to all."""
+    number, count = accelerator.process_index, accelerator.num_processes
+    shares: list[list[Result]] = gather_object([[work(item) for item in items[number::count]]])
+    return [shares[i % count][i // count] for i in range(len(items))]
 
 
 @dataclass
@@ -561,10 +632,12 @@ class _Checkpoints:
         optimizer: AdamW,
         accelerator: Accelerator,
         loop: Loop,
+        num_samples: int,
     ) -> None:
         self.newest, self.others = run_dir / "checkpoint", run_dir / "checkpoints"
         self.method, self.trained = method, trained
-        self.optimizer, self.accelerator, self.loop = optimizer, accelerator, loop
+        self.optimizer, self.accelerator = optimizer, accelerator
+        self.loop, self.num_samples = loop, num_samples
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -613,6 +686,7 @@ class _Checkpoints:
             **asdict(state),
             "scaler": scaler,
             "processes": self.accelerator.num_processes,
+            "samples": self.num_samples,
         }
         self._describe(folder)
         save_tensors(folder / "model.safetensors", weights, {"step": state.step})
@@ -678,6 +752,7 @@ class _Checkpoints:
         if self.accelerator.scaler and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self._compare_processes(facts.get("processes", 1))
+        self._compare_samples(facts.get("samples", self.num_samples))
         state = _State(*(int(facts.get(name, 0)) for name in ("step", "skipped", "in_a_row")))
         if self.accelerator.is_main_process:
             self._prune(state.step)
@@ -709,6 +784,14 @@ class _Checkpoints:
             self.accelerator.print(
                 f"resumed on {now} process(es), stopped on {before}: the same samples in the same "
                 "order, but sums are rounded otherwise, so not bit for bit what it would have been"
+            )
+
+    def _compare_samples(self, before: int) -> None:
+        """Say that the order is another where the number of samples is."""
+        if before != self.num_samples:
+            self.accelerator.print(
+                f"the data has {self.num_samples} samples, it had {before} when the run stopped: "
+                "from here on they come in another order, some of this epoch twice or not at all"
             )
 
 

@@ -74,6 +74,8 @@ class GRASP:
         True
     """
 
+    needs_latents = True
+
     def __init__(
         self,
         low: Float[Tensor, "a"],

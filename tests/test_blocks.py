@@ -2,8 +2,12 @@ import gymnasium
 import numpy as np
 import pytest
 
+from jepa_world.commands.plan import Planning, make_planners
+from jepa_world.config import Part
 from jepa_world.envs import make
 from jepa_world.envs.blocks import ActionBlocks
+from jepa_world.planners.grasp import GRASP
+from jepa_world.search import SingleActions
 
 
 @pytest.fixture
@@ -36,3 +40,11 @@ def test_a_block_ends_with_the_episode():
     ends = [env.step(np.zeros(6, np.float32))[3] for _ in range(2)]
     assert ends == [False, True]
     env.close()
+
+
+def test_blocks_are_planned_action_by_action_unless_a_planner_needs_their_latents(pair):
+    plain, blocks = pair
+    for env, planner, kind in ((blocks, "icem", SingleActions), (blocks, "grasp", GRASP)):
+        build, start = make_planners(Planning(planner=Part(planner), horizon=4), env)
+        assert isinstance(build(0), kind) and start.shape == (4, 6)
+    assert not isinstance(make_planners(Planning(), plain)[0](0), SingleActions)

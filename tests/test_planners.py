@@ -15,7 +15,7 @@ from jepa_world.planners.mppi import MPPI, weigh
 from jepa_world.planners.predictive_sampling import PredictiveSampling
 from jepa_world.planners.random_shooting import RandomShooting
 from jepa_world.registry import PARTS
-from jepa_world.search import UnsuitedCostError
+from jepa_world.search import SingleActions, UnsuitedCostError
 from jepa_world.testing import check_planner
 
 LOW, HIGH = torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0])
@@ -587,3 +587,25 @@ def test_grasp_follows_slopes_through_single_steps_and_never_through_a_rollout()
 def test_options_that_make_no_search_are_refused(planner, option, given):
     with pytest.raises(ValueError, match=given):
         planner(LOW, HIGH, 5, **option)
+
+
+def test_single_actions_lead_farther_than_steps_whose_actions_are_drawn_apart():
+    def left(plans):  # of 20, for a point that moves by every action
+        return (20 - plans.sum((-1, -2))).abs()
+
+    how = {"samples": 20, "elites": 4, "iterations": 1, "correlation": 0.95}
+    apart = CEM(-torch.ones(5), torch.ones(5), 5, **how)
+    single = SingleActions(CEM(-torch.ones(1), torch.ones(1), 25, **how), 5)
+    one, other = (planner(left, torch.zeros(1, 5, 5)) for planner in (apart, single))
+    assert left(other) < left(one) - 3
+
+
+def test_a_search_over_single_actions_keeps_the_contract_and_the_order_of_actions():
+    def build():
+        return SingleActions(CEM(LOW[:1], HIGH[:1], 12), 4)
+
+    check_planner(build, LOW[:1].repeat(4), HIGH[:1].repeat(4), 3)
+    wanted = torch.linspace(-0.8, 0.8, 12).view(3, 4)
+    planner = SingleActions(CEM(LOW[:1], HIGH[:1], 12, samples=200, iterations=30), 4)
+    plan = planner(lambda plans: (plans - wanted).square().sum((-1, -2)), torch.zeros(1, 3, 4))
+    torch.testing.assert_close(plan[0], wanted, atol=0.15, rtol=0)

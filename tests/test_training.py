@@ -47,13 +47,13 @@ class Line(nn.Module):
         return Output(loss, {"error": loss.detach()}, torch.randn(8, 2))
 
 
-def fit(folder, method, *, steps=20, resume=False, read=None, evaluate=None, **changes):
+def fit(folder, method, *, steps=20, resume=False, read=None, evaluate=None, count=12, **changes):
     """Train a `Line` on twelve numbers and return its parameters."""
-    numbers = torch.linspace(-1, 1, 12)[:, None]
+    numbers = torch.linspace(-1, 1, count)[:, None]
     how = {"batch_size": 4, "lr": 0.1, "log_every": 2, "checkpoint_every": 5}
     how |= {"loop": Loop()} | changes
     return train(
-        *(method, read or (lambda index, step: {"x": numbers[index]}), 12),
+        *(method, read or (lambda index, step: {"x": numbers[index]}), count),
         Training(steps=steps, resume=resume, **how),
         accelerator=make_accelerator(
             *("no", "none", folder),
@@ -102,6 +102,14 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_a_thousandth():
     assert all(later < earlier for earlier, later in pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.0005, rel=0.1)
     assert all(learning_rate(0, steps, 0.5) == 0.5 for steps in (1, 2, 19))
+
+
+def test_a_run_that_is_resumed_on_data_of_another_size_says_so(tmp_path, capsys):
+    fit(tmp_path, Line(), steps=5)
+    fit(tmp_path, Line(), steps=6, resume=True)
+    assert "samples" not in capsys.readouterr().out
+    fit(tmp_path, Line(), steps=7, resume=True, count=13)
+    assert "the data has 13 samples, it had 12 when the run stopped" in capsys.readouterr().out
 
 
 def test_it_learns_and_logs_and_measures_in_evaluation_mode(tmp_path):

@@ -1,25 +1,47 @@
 """What the commands that train on images share: data, loop, and the probe that ends a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
 
 import jepa_world
 from jepa_world.commands import use_one_thread
 from jepa_world.config import Part, to_dict
-from jepa_world.data.files import BAD_SHARE
-from jepa_world.data.images import Images, hold_out, load_images
+from jepa_world.data.files import BAD_SHARE, Skipped, naming_lost_readers
+from jepa_world.data.images import (
+    SUFFIXES,
+    Images,
+    Pictures,
+    hold_out,
+    load_images,
+    stream_images,
+)
+from jepa_world.data.shards import Shards, count_samples, find_shards, is_sharded
 from jepa_world.interfaces import Encoder
 from jepa_world.probes import factor_r2, image_features, knn_probe, linear_probe
 from jepa_world.runs import Run
 from jepa_world.testing import check_encoder
-from jepa_world.training import Training, begin, make_accelerator, train
+from jepa_world.training import Training, begin, divided, make_accelerator, train
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read."""
+
+    bad_share: float = BAD_SHARE
+    """Of the pictures that may be unreadable; in small sets a tenth may be, and ten."""
+    workers: int = 0
+    """Processes that read and decode pictures of shards ahead; others are in memory."""
+    patience: float = 600.0
+    """Seconds without a batch of theirs after which they are taken to hang."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +49,12 @@ class ImageTraining(Training):
     """The flags that commands for images add to those of training."""
 
     data: Path = Path("shapes")
-    """`shapes` (generated), a folder of idx files, or a folder or tar of pictures."""
+    """`shapes` (generated), a folder of idx files, a folder or tar of pictures; or shards, read as
+    they are needed: x-{000..099}.tar, x-*.tar, a folder of tars, a list of them, or photos/**."""
     image_size: int = 64
     """Side in pixels that pictures of folders and tars are brought to."""
-    bad_share: float = BAD_SHARE
-    """Of the pictures that may be unreadable; in small sets a tenth may be, and ten."""
+    reading: Reading = Reading()
+    """How pictures are read."""
     encoder: Part = Part("vit")
     """Maps images to features or tokens."""
 
@@ -60,9 +83,8 @@ def train_on_images(
         accumulate=config.loop.accumulate,
         compile=config.loop.compile,
     )
-    whole, test = load_images(config.data, size=config.image_size, bad_share=config.bad_share)
-    training, held_out = hold_out(whole)
-    rows, columns, channels = whole.pixels.shape[1:]
+    parts = load_parts(config, accelerator)
+    rows, columns, channels = parts.fit.pixels.shape[1:]
     description = own | {
         "observation_shape": [1, channels, rows, columns],
         "encoder": to_dict(config)["encoder"],
@@ -71,31 +93,97 @@ def train_on_images(
     torch.manual_seed(config.seed)
     method = build(description)
     check_encoder(method.get_submodule("encoder"), tuple(description["observation_shape"]))
-    begin(made, config, description, len(training), accelerator)
+    begin(made, config, description, len(parts.training), accelerator)
+    training = parts.training
+    if isinstance(training, Pictures):
+        training = training.noting(made.folder)
     accelerator.print(
         f"{len(training)} images, {sum(p.numel() for p in method.parameters()):,} parameters, "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-    if whole.skipped:
-        accelerator.print(whole.skipped.summary())
-
-    def read(index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
-        pixels = torch.from_numpy(training.pixels[index])
-        return {"pixels": pixels, "index": torch.from_numpy(index)}
-
-    last = train(
-        *(method, read, len(training), config),
-        accelerator=accelerator,
-        run_dir=made.folder,
-        evaluate=lambda: quick_probe(method.encoder, training, held_out),
-    )
+    if parts.skipped:
+        accelerator.print(parts.skipped.summary())
+    with naming_lost_readers(made.folder):
+        last = train(
+            *(method, Read(training, config.seed), len(training), config),
+            accelerator=accelerator,
+            run_dir=made.folder,
+            evaluate=lambda: quick_probe(method.encoder, parts.fit, parts.held_out),
+            sizes=parts.sizes,
+            workers=0 if parts.sizes is None else config.reading.workers,
+            patience=config.reading.patience,
+        )
     if accelerator.is_main_process:
         torch.manual_seed(config.seed)
         random = build(description).to(next(method.parameters()).device)
-        probed = beside_a_random_encoder(method, random, whole, test)
+        probed = beside_a_random_encoder(method, random, parts.whole, parts.test)
         if draw is not None:
-            draw(made.folder, method, held_out)
-        made.finish({**last, "seed": config.seed, "probe": probed, **whole.skipped.results()})
+            draw(made.folder, method, parts.held_out)
+        parts.skipped.recall()
+        made.finish({**last, "seed": config.seed, "probe": probed, **parts.skipped.results()})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A data set in parts: what is trained on, and images in memory that are measured on."""
+
+    training: Images | Pictures
+    fit: Images
+    """What probes are fitted to during training."""
+    held_out: Images
+    whole: Images
+    """What probes are fitted to in the end."""
+    test: Images
+    sizes: Int[np.ndarray, " shards"] | None = None
+    """Images of each shard, where they lie in shards."""
+
+    @property
+    def skipped(self) -> Skipped:
+        """What was left out of all parts."""
+        return self.whole.skipped
+
+
+def load_parts(config: ImageTraining, accelerator: Accelerator) -> Parts:
+    """Read all images, or count those of shards and read some."""
+    bad_share = config.reading.bad_share
+    if not is_sharded(config.data):
+        whole, test = load_images(config.data, size=config.image_size, bad_share=bad_share)
+        training, held_out = hold_out(whole)
+        return Parts(training, training, held_out, whole, test)
+    shards = open_shards(config.data, SUFFIXES, config.batch_size, bad_share, accelerator)
+    training, fit, other = stream_images(shards, size=config.image_size, bad_share=bad_share)
+    held_out, test = (other.take(np.arange(begin, len(other), 2)) for begin in (0, 1))
+    return Parts(training, fit, held_out, fit, test, training.shards.sizes)
+
+
+def open_shards(
+    data: Path, suffixes: set[str], batch_size: int, bad_share: float, accelerator: Accelerator
+) -> Shards:
+    """Count the samples of all shards, every process those of some.
+
+    Raises:
+        UserError: too many cannot be read, or they hold nothing.
+    """
+    paths, kinds = find_shards(data), frozenset(suffixes)
+    counts = divided(partial(count_samples, suffixes=kinds), paths, accelerator)
+    lanes = batch_size // accelerator.num_processes + 2
+    return replace(Shards.of(paths, counts, kinds, bad_share=bad_share), most_open=lanes)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Reads the batch of a step."""
+
+    images: Images | Pictures
+    seed: int
+
+    def __call__(self, index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
+        """Return `pixels`, bytes, and what number each image has in the data."""
+        if isinstance(self.images, Images):
+            pixels, drawn = self.images.pixels[index], index
+        else:
+            pixels, drawn = self.images.draw(index, seed=self.seed, step=step)
+        return {"pixels": torch.from_numpy(pixels), "index": torch.from_numpy(drawn)}
 
 
 def quick_probe(

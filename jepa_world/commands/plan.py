@@ -34,6 +34,7 @@ from jepa_world.processes import gather, launched, own_share
 from jepa_world.registry import UserError, did_you_mean, load_function
 from jepa_world.report import Camera, Film, FrameBank, write_report
 from jepa_world.runs import Run
+from jepa_world.search import SingleActions
 from jepa_world.testing import check_objective, check_planner
 
 LEARNED = "learned"  # the name of the objective that a checkpoint holds
@@ -292,18 +293,26 @@ def make_planners(
     """Return what makes the planner of an episode, and a first plan of zeros.
 
     Its samples are drawn from the seeds of the command and of the episode, so an episode does not
-    depend on those before it, nor on the number of processes.
+    depend on those before it, nor on the number of processes. Where a step has several actions, a
+    planner that only asks for costs searches over single ones.
     """
     space = env.action_space
     assert isinstance(space, gym.spaces.Box)
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
     known = [option.name for option in part_options("planner", config.planner.name)]
+    stride = env.get_wrapper_attr("stride") if env.has_wrapper_attr("stride") else 1
+    own = space.shape[0] // stride
 
     def build(seed: int) -> Planner:
         options = dict(config.planner.options)
         if "seed" in known:
             options["seed"] = options.get("seed", 0) + config.seed + seed
-        return Part(config.planner.name, options).build("planner", low, high, config.horizon)
+        part = Part(config.planner.name, options)
+        planner: Planner = part.build("planner", low, high, config.horizon)
+        if stride == 1 or getattr(planner, "needs_latents", False):
+            return planner
+        single = part.build("planner", low[:own], high[:own], config.horizon * stride)
+        return SingleActions(single, stride)
 
     check_planner(lambda: build(0), low, high, config.horizon)
     return build, torch.zeros(config.horizon, *space.shape)

@@ -88,7 +88,7 @@ def check(config: TrainIjepa) -> None:
         UserError: naming the flag, the number and what is allowed.
     """
     require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
-    require_at_least(config, lr=0, weight_decay=0, seed=0, image_size=8, bad_share=0)
+    require_at_least(config, lr=0, weight_decay=0, seed=0, image_size=8)
     check_objective(config.views, config.weights)
 
 

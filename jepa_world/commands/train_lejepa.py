@@ -56,7 +56,6 @@ def check(config: TrainLejepa) -> None:
     """
     require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1, projection=1)
     require_at_least(config, lr=0, weight_decay=0, sigreg_weight=0, seed=0, colour=0, image_size=8)
-    require_at_least(config, bad_share=0)
     if config.views[0] < 1 or config.views[1] < 0 or sum(config.views) < 2:
         raise UserError(f"--views {config.views}: give one global view or more, and two in all")
     smallest, middle, largest = config.crops

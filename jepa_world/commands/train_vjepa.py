@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from einops import rearrange
 from jaxtyping import Int, UInt8
 from torch import Tensor, nn
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 import jepa_world
 from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
 from jepa_world.commands import use_one_thread
+from jepa_world.commands.image_training import open_shards
 from jepa_world.commands.train_ijepa import MOMENTUM, check_objective
 from jepa_world.config import Part, require_at_least, to_dict
-from jepa_world.data.clips import Clips, hold_out, load_clips
+from jepa_world.data.clips import Clips, hold_out, load_clips, stream_clips
 from jepa_world.data.files import BAD_SHARE, naming_lost_readers
 from jepa_world.data.images import Images, load_images
 from jepa_world.data.motion import letters, write_motion_clips
+from jepa_world.data.shards import Shards, is_sharded
+from jepa_world.data.video import SUFFIXES
 from jepa_world.interfaces import Encoder
 from jepa_world.losses import Distance
 from jepa_world.methods.ijepa import IJEPA, TeacherIJEPA
@@ -83,8 +87,9 @@ class TrainVjepa(Training):
     """
 
     data: Path = DEFAULT
-    """A folder or tar of videos, a list of files, or a csv with labels; data/motion is generated
-    if it is not there."""
+    """A folder or tar of videos, a list of files, or a csv with labels; or shards, looked up as
+    they are read: x-{000..099}.tar, x-*.tar, a folder of tars, a list of them, or videos/**.
+    data/motion is generated if it is not there."""
     clips: ClipFlags = ClipFlags()
     """What is cut from the videos."""
     start: Path | None = None
@@ -123,10 +128,7 @@ def run(config: TrainVjepa) -> None:
     if accelerator.is_main_process and config.data == DEFAULT:
         write_default(config.data)
     accelerator.wait_for_everyone()
-    whole, test = load_parts(config.data, config.clips.bad_share)
-    small = config.data == DEFAULT and not config.clips.stages
-    if config.clips.cache or small:
-        whole, test = (part.cached(size=config.clips.size) for part in (whole, test))
+    parts = find_parts(config, accelerator)
     images = config.clips.images and load_images(config.clips.images, size=config.clips.size)[0]
 
     shape = (config.clips.frames, 3, config.clips.size, config.clips.size)
@@ -135,21 +137,22 @@ def run(config: TrainVjepa) -> None:
     method = checked_vjepa(description, shape)
     if config.start is not None:
         start_from(method, config.start)
-    training, held_out = hold_out(whole)
-    begin(made, config, description, len(training), accelerator)
-    training, held_out = (part.noting(made.folder) for part in (training, held_out))
+    begin(made, config, description, len(parts.training), accelerator)
+    training, held_out = (part.noting(made.folder) for part in (parts.training, parts.held_out))
     accelerator.print(
         f"{len(training)} videos, {sum(p.numel() for p in method.parameters()):,} parameters, "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-    if whole.skipped:
-        accelerator.print(whole.skipped.summary())
+    skipped = training.skipped
+    if skipped:
+        accelerator.print(skipped.summary())
     with naming_lost_readers(made.folder):
         last = train(
             *(method, Reader(training, images, config), len(training), config),
             accelerator=accelerator,
             run_dir=made.folder,
-            evaluate=lambda: quick_probe(method.encoder, training, held_out, config.clips),
+            evaluate=lambda: quick_probe(method.encoder, parts.fit, held_out, config.clips),
+            sizes=parts.sizes,
             workers=config.clips.workers,
             patience=config.clips.patience,
         )
@@ -157,12 +160,50 @@ def run(config: TrainVjepa) -> None:
         torch.manual_seed(config.seed)
         random = build_vjepa(description).to(next(method.parameters()).device)
         encoders = {"trained": method.eval().encoder, "random": random.eval().encoder}
-        probed = beside_a_random_encoder(encoders, whole, test, config.clips)
+        probed = beside_a_random_encoder(encoders, parts.whole, parts.test, config.clips)
         draw_clips(made.folder, method, held_out, config.clips)
-        whole.skipped.recall()
-        if whole.skipped:
-            print(whole.skipped.summary())
-        made.finish({**last, "seed": config.seed, "probe": probed, **whole.skipped.results()})
+        skipped.recall()
+        if skipped:
+            print(skipped.summary())
+        made.finish({**last, "seed": config.seed, "probe": probed, **skipped.results()})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A set of videos in parts: what is trained on, and what is measured on."""
+
+    training: Clips
+    fit: Clips
+    """What probes are fitted to during training."""
+    held_out: Clips
+    whole: Clips
+    """What probes are fitted to in the end."""
+    test: Clips
+    sizes: Int[np.ndarray, " shards"] | None = None
+    """Videos of each shard, where they lie in shards."""
+
+
+def find_parts(config: TrainVjepa, accelerator: Accelerator) -> Parts:
+    """List all videos, or count those of shards and list some.
+
+    Raises:
+        UserError: nothing there, too many that cannot be read, or shards that are to be cached.
+    """
+    flags = config.clips
+    if is_sharded(config.data) and not (flags.cache and config.data.is_dir()):
+        if flags.cache:
+            raise UserError("--clips.cache keeps a list of videos in memory: shards are not listed")
+        found = (config.data, SUFFIXES, config.batch_size, flags.bad_share, accelerator)
+        training, fit, other = stream_clips(open_shards(*found), bad_share=flags.bad_share)
+        held_out, test = (other.take(np.arange(begin, len(other), 2)) for begin in (0, 1))
+        assert isinstance(training.files, Shards)
+        return Parts(training, fit, held_out, fit, test, training.files.sizes)
+    whole, test = load_parts(config.data, flags.bad_share)
+    small = config.data == DEFAULT and not flags.stages
+    if flags.cache or small:
+        whole, test = (part.cached(size=flags.size) for part in (whole, test))
+    training, held_out = hold_out(whole)
+    return Parts(training, training, held_out, whole, test)
 
 
 @dataclass(frozen=True)

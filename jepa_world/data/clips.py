@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -28,33 +28,20 @@ from torch.utils.data import get_worker_info
 from jepa_world.data.files import (
     BAD_SHARE,
     NAMED,
+    Member,
     Skipped,
     leaves,
     most_bad,
     note_reading,
     tar_members,
 )
+from jepa_world.data.shards import LISTED, Shards, shared_labels
 from jepa_world.data.video import FORGIVEN, SUFFIXES, Source, Times, each_frame, open_video, upright
 from jepa_world.registry import UserError, did_you_mean
 
 Index = Int[np.ndarray, " b"]
 Pixels = UInt8[np.ndarray, "b t hh ww c"]
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file inside a tar that is not compressed: its bytes lie there in one piece."""
-
-    tar: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Return the content."""
-        with self.tar.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
 
 
 @dataclass(frozen=True)
@@ -86,8 +73,8 @@ class Clips:
         (2, 4, 32, 32, 3)
     """
 
-    names: tuple[str, ...]
-    files: tuple[Path | Member, ...]
+    names: Sequence[str]
+    files: Sequence[Path | Member]
     classes: dict[str, Int[np.ndarray, " n"]] = field(default_factory=dict)
     """Labels by the name of what they tell: `class` for folders."""
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -274,7 +261,7 @@ class Clips:
         if name not in self.skipped.reasons and len(self.skipped) < NAMED:
             log.warning("%s; another takes its place", error)
         self.skipped.add(name, error)
-        if set(self.names) <= self.skipped.reasons.keys():
+        if all(name in self.skipped.reasons for name in self.names):
             raise UserError(f"none of the {len(self)} videos can be read: {error}") from error
 
 
@@ -315,6 +302,33 @@ def hold_out(clips: Clips, *, share: float = 0.05, at_most: int = 5000) -> tuple
     chosen = np.zeros(len(clips), bool)
     chosen[np.linspace(0, len(clips) - 1, count).astype(int)] = True
     return clips.take(np.flatnonzero(~chosen)), clips.take(np.flatnonzero(chosen))
+
+
+def stream_clips(shards: Shards, *, bad_share: float = BAD_SHARE) -> tuple[Clips, Clips, Clips]:
+    """Return the clips of shards, to be trained on, and two lists of clips, to measure on.
+
+    Clips of the first are looked up when they are read. The lists, 1000 at most each, with labels
+    where there are any, are some of the first, and of whole shards that it does not have.
+
+    Raises:
+        UserError: there is one shard alone, or some samples have a label and some have none.
+    """
+    training, held_out = shards.hold_out()
+    skipped = Skipped(len(shards) + len(shards.refused), "videos and shards", bad_share)
+    skipped.add_all(shards.refused)
+    parts = [(part, part.some(LISTED)) for part in (training, held_out)]
+    streamed, other = (Clips(part.names, part, skipped=skipped) for part, _ in parts)
+    labels = shared_labels(parts)
+    known = _labelled({"class": labels} if labels else {})
+    fit, test = streamed.take(parts[0][1]), other.take(parts[1][1])
+    of_fit = {name: numbers[: len(fit)] for name, numbers in known.classes.items()}
+    of_test = {name: numbers[len(fit) :] for name, numbers in known.classes.items()}
+    words = known.class_names
+    return (
+        streamed,
+        dataclasses.replace(fit, classes=of_fit, class_names=words),
+        dataclasses.replace(test, classes=of_test, class_names=words),
+    )
 
 
 def load_clips(data: Path, *, backend: str = "pyav", bad_share: float = BAD_SHARE) -> Clips:

@@ -50,6 +50,8 @@ class Skipped:
     """By name."""
     record: Path | None = None
     """A file in which processes that read the same set tell each other, and the user."""
+    recalled: int = 0
+    """Bytes of it that are known here."""
 
     def __len__(self) -> int:
         return len(self.reasons)
@@ -93,11 +95,17 @@ class Skipped:
 
     def recall(self) -> None:
         """Learn what other processes left out."""
-        if self.record is not None and self.record.is_file():
-            for line in self.record.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):
-                    known = json.loads(line)
-                    self.reasons.setdefault(known["name"], known["reason"])
+        if self.record is None or not self.record.is_file():
+            return
+        with self.record.open("rb") as file:
+            file.seek(self.recalled)
+            told = file.read()
+        whole = told[: told.rfind(b"\n") + 1]  # another process may be in the middle of a line
+        self.recalled += len(whole)
+        for line in whole.decode("utf-8").splitlines():
+            if line.endswith("}"):
+                known = json.loads(line)
+                self.reasons.setdefault(known["name"], known["reason"])
 
     def summary(self) -> str:
         """Say in a line how many were left out, and name the first of them."""
@@ -110,6 +118,21 @@ class Skipped:
 
     def _named(self, count: int) -> str:
         return ", ".join(f"{n} ({why})" for n, why in list(self.reasons.items())[:count])
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar that is not compressed: its bytes lie there in one piece."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Return the content."""
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 def leaves(name: str) -> bool:

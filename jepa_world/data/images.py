@@ -17,7 +17,7 @@ import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -25,8 +25,18 @@ from typing import IO
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
+from torch.utils.data import get_worker_info
 
-from jepa_world.data.files import BAD_SHARE, Skipped, memory, require_room, tar_members
+from jepa_world.data.files import (
+    BAD_SHARE,
+    Member,
+    Skipped,
+    memory,
+    note_reading,
+    require_room,
+    tar_members,
+)
+from jepa_world.data.shards import LISTED, Shards, shared_labels
 from jepa_world.registry import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
@@ -65,6 +75,99 @@ class Images:
         classes = {name: labels[index] for name, labels in self.classes.items()}
         values = {name: factor[index] for name, factor in self.values.items()}
         return Images(self.pixels[index], classes, values, self.skipped)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of shards, decoded when they are asked for."""
+
+    shards: Shards
+    size: int
+    """Side in pixels: the middle square is scaled to it."""
+    skipped: Skipped
+    """Those that could not be read; shards and members that are left out."""
+    notes: Path | None = None
+    """Folder in which the workers of a loader note what they read, if there is one."""
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def noting(self, folder: Path) -> "Pictures":
+        """Return pictures that note in a folder what they read and what they skip."""
+        self.skipped.record = folder / "skipped.jsonl"
+        return replace(self, notes=folder)
+
+    def draw(
+        self, index: Int[np.ndarray, " b"], *, seed: int, step: int
+    ) -> tuple[UInt8[np.ndarray, "b hh ww c"], Int[np.ndarray, " b"]]:
+        """Decode pictures.
+
+        The place of one that cannot be read is taken by another, a function of (seed, step, index).
+
+        Returns:
+            The pictures, and which they are: `index`, but for those that were replaced.
+
+        Raises:
+            UserError: too many cannot be read (`files.most_bad`).
+        """
+        pixels = np.empty((len(index), self.size, self.size, 3), np.uint8)
+        drawn = index.copy()
+        for i, sample in enumerate(index.tolist()):
+            random = np.random.default_rng((seed, step, sample))
+            while (picture := self._decoded(int(drawn[i]))) is None:
+                drawn[i] = random.integers(len(self))
+            pixels[i] = picture
+        return pixels, drawn
+
+    def _decoded(self, sample: int) -> UInt8[np.ndarray, "hh ww c"] | None:
+        """Return a picture, or nothing if it cannot be read."""
+        name = self.shards.names[sample]
+        if self.notes is not None and get_worker_info() is not None:
+            note_reading(self.notes, name)
+        try:
+            return _decode(_content(self.shards[sample]), self.size)
+        except UNREADABLE as error:
+            self.skipped.add(name, error)
+        if len(self.skipped) >= len(self) and all(
+            n in self.skipped.reasons for n in self.shards.names
+        ):
+            raise UserError(f"none of the {len(self)} pictures can be read")
+        return None
+
+
+def stream_images(
+    shards: Shards, *, size: int, bad_share: float = BAD_SHARE
+) -> tuple[Pictures, Images, Images]:
+    """Return the pictures of shards, to be trained on, and two parts in memory, to measure on.
+
+    The parts, 1000 at most each, with labels where there are any, are some of the first, and of
+    whole shards that it does not have.
+
+    Raises:
+        UserError: there is one shard alone, some pictures have a label and some have none, or too
+            many cannot be read.
+    """
+    training, held_out = shards.hold_out()
+    skipped = Skipped(len(shards) + len(shards.refused), "pictures and shards", bad_share)
+    skipped.add_all(shards.refused)
+    streamed, other = (Pictures(part, size, skipped) for part in (training, held_out))
+    drawn = [part.draw(part.shards.some(LISTED), seed=0, step=0) for part in (streamed, other)]
+    labels = shared_labels([(training, drawn[0][1]), (held_out, drawn[1][1])])
+    numbers = np.unique(labels, return_inverse=True)[1] if labels else None
+    first = len(drawn[0][1])
+    parts = [
+        Images(pixels, {} if numbers is None else {"class": numbers[chosen]}, skipped=skipped)
+        for (pixels, _), chosen in zip(drawn, (slice(first), slice(first, None)), strict=True)
+    ]
+    return streamed, parts[0], parts[1]
+
+
+def _content(file: Path | Member) -> bytes:
+    if isinstance(file, Path):
+        return _opener(file)()
+    if file.size > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes")
+    return file.read()
 
 
 def load_images(
@@ -201,7 +304,10 @@ def _from_pictures(
         except UNREADABLE as error:
             reasons[name] = str(error)
         if len(pictures) * 3 * size**2 > memory() / 2:
-            raise UserError(f"pictures in {str(path)!r} take more than half of the memory here")
+            raise UserError(
+                f"pictures in {str(path)!r} take more than half of the memory here: "
+                f"--data '{path}/**' streams a folder, a pattern such as x-{{000..099}}.tar tars"
+            )
     total = len(names) + len(reasons)
     if not total:
         raise UserError(f"no pictures in {str(path)!r}: looked for {' '.join(sorted(SUFFIXES))}")
