@@ -1,6 +1,7 @@
 """Time and memory of a masked-prediction step: SIGReg against the EMA teacher, part by part.
 
     python benchmarks/masked_step.py
+    python benchmarks/masked_step.py --recompute    # what --loop.recompute saves and costs
 
 Encoder, predictor, masks and data are the same; both step an AdamW. Gradients are cut at the
 latents, so that each part's forward and backward pass is timed by itself: context encoder, target
@@ -10,12 +11,14 @@ keeps its best CPU time. Memory is the peak resident size of a step above what l
 (Linux).
 """
 
+import argparse
 import ctypes
 import gc
 import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 from jepa_world.encoders.vit import ViTEncoder
 from jepa_world.masking import Masks, MultiBlockMasks
+from jepa_world.memory import recompute_blocks
 from jepa_world.methods.ijepa import (
     IJEPA,
     DrawMasks,
@@ -144,28 +148,34 @@ def step_with_teacher(
 
 def make_steps(recipe: Recipe) -> dict[str, Callable[[int], dict[str, float]]]:
     """Return a step of each form, on networks of its own."""
-    torch.manual_seed(0)
-    video = torch.rand(recipe.batch, recipe.frames, 3, recipe.image, recipe.image)
-
-    def parts(predicts: type[nn.Module]) -> tuple[ViTEncoder, nn.Module, DrawMasks]:
-        shape = (recipe.frames, 3, recipe.image, recipe.image)
-        encoder = ViTEncoder(shape, **recipe.encoder)
-        masks = tube_masks((recipe.masks,), encoder.grid) if recipe.masks else None
-        predictor = predicts(encoder.dim, encoder.grid, **recipe.predictor)
-        return encoder, predictor, masks or MultiBlockMasks(encoder.grid)
-
-    encoder, predictor, masks = parts(recipe.ours)
-    ours = IJEPA(encoder, predictor, SIGReg(slices=recipe.slices), masks, weight=3.0)
-    teacher = TeacherIJEPA(*parts(MaskedTransformer), steps=1000)
-    optimizers = [torch.optim.AdamW(_trained(method)) for method in (ours, teacher)]
+    ours, optimizer, video = with_sigreg(recipe)
+    teacher = TeacherIJEPA(*parts(recipe, MaskedTransformer), steps=1000)
     return {
-        "SIGReg": lambda step: step_with_sigreg(ours, optimizers[0], video, step),
-        "EMA": lambda step: step_with_teacher(teacher, optimizers[1], video, step),
+        "SIGReg": partial(step_with_sigreg, ours, optimizer, video),
+        "EMA": partial(step_with_teacher, teacher, _adamw(teacher), video),
     }
 
 
-def _trained(method: nn.Module) -> list[nn.Parameter]:
-    return [p for p in method.parameters() if p.requires_grad]
+def with_sigreg(recipe: Recipe) -> tuple[IJEPA, torch.optim.Optimizer, Tensor]:
+    """Return the method without a teacher, its optimiser, and a batch."""
+    torch.manual_seed(0)
+    video = torch.rand(recipe.batch, recipe.frames, 3, recipe.image, recipe.image)
+    encoder, predictor, masks = parts(recipe, recipe.ours)
+    ours = IJEPA(encoder, predictor, SIGReg(slices=recipe.slices), masks, weight=3.0)
+    return ours, _adamw(ours), video
+
+
+def parts(recipe: Recipe, predicts: type[nn.Module]) -> tuple[ViTEncoder, nn.Module, DrawMasks]:
+    """Return an encoder, a predictor of this class, and what draws masks."""
+    shape = (recipe.frames, 3, recipe.image, recipe.image)
+    encoder = ViTEncoder(shape, **recipe.encoder)
+    masks = tube_masks((recipe.masks,), encoder.grid) if recipe.masks else None
+    predictor = predicts(encoder.dim, encoder.grid, **recipe.predictor)
+    return encoder, predictor, masks or MultiBlockMasks(encoder.grid)
+
+
+def _adamw(method: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in method.parameters() if p.requires_grad])
 
 
 def peak_megabytes(run: Callable[[], object]) -> float:
@@ -206,10 +216,34 @@ def compare(recipe: Recipe) -> dict[str, float]:
     return totals
 
 
+def compare_recomputing(recipe: Recipe) -> None:
+    """Print time and memory of a step with SIGReg, as it is and with blocks that compute again."""
+    runs: dict[str, Callable[[int], dict[str, float]]] = {}
+    for name in ("kept", "computed again"):
+        method, optimizer, video = with_sigreg(recipe)
+        if name == "computed again":
+            recompute_blocks(method)
+        runs[name] = partial(step_with_sigreg, method, optimizer, video)
+    least = dict.fromkeys(runs, math.inf)
+    for number in range(recipe.rounds + 1):  # the first warms up
+        for name, run in runs.items():
+            seconds = sum(run(number).values())
+            least[name] = min(least[name], seconds) if number else math.inf
+    sizes = {name: peak_megabytes(partial(run, recipe.rounds + 1)) for name, run in runs.items()}
+    print(f"\n{recipe.name}")
+    for name in runs:
+        print(f"{name:>15}: {least[name] * 1e3:8.1f} CPU ms a step, peak {sizes[name]:6.0f} MB")
+    time_ratio, size_ratio = (of["computed again"] / of["kept"] for of in (least, sizes))
+    print(f"computed again: {time_ratio:.2f} times the time, {size_ratio:.2f} times the memory")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recompute", action="store_true")
     torch.set_num_threads(1)
+    run = compare_recomputing if parser.parse_args().recompute else compare
     for recipe in RECIPES:
-        compare(recipe)
+        run(recipe)
 
 
 if __name__ == "__main__":

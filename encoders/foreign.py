@@ -117,7 +117,9 @@ class TransformersEncoder(nn.Module):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # of every kind, for damaged files
             raise ValueError(f"{str(path)!r} cannot be read: {_one_line(error)}") from error
         for what in ("missing", "unexpected", "mismatched"):
             names = sorted(map(_name_of, told[f"{what}_keys"]))
@@ -198,7 +200,9 @@ class TimmEncoder(nn.Module):
             state = _library("timm").models.load_state_dict(str(path), weights_only=True)
             own = {name: value for name, value in state.items() if not name.startswith(head)}
             self.backbone.load_state_dict(own)
-        except (OSError, ValueError, RuntimeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # of every kind, for damaged files
             raise ValueError(f"{str(path)!r} does not fit the model: {_one_line(error)}") from error
         self.frames.normalise_by(told["mean"], told["std"])
 

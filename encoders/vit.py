@@ -5,7 +5,6 @@ CLS token. (ViT, https://arxiv.org/abs/2010.11929, section 3.1; tubelets as in V
 https://arxiv.org/abs/2404.08471, section 3.)
 """
 
-import copy
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ from jepa_world.nn import (
     Projector,
     grid_index,
     rotary_positions,
+    sharing_weights,
     sincos_of_grid,
     take_tokens,
 )
@@ -147,8 +147,7 @@ class ViTEncoder(nn.Module):
         """
         if "positions" not in self._non_persistent_buffers_set:
             raise ValueError("encoder has learned positions: it is for clips of one shape only")
-        other = copy.copy(self)
-        other._buffers = dict(self._buffers)
+        other = sharing_weights(self)
         other._fit(observation_shape)
         other.positions = other.positions.to(self.positions.device)
         return other

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -498,6 +501,17 @@ def rotate(
     left, right = rearrange(x, "... (e two) -> two ... e", two=2)
     partner = rearrange([-right, left], "two ... e -> ... (e two)")
     return torch.addcmul(x * cos, partner, sin).to(x.dtype)
+
+
+def sharing_weights(module: M) -> M:
+    """Return another module with the same parameters, and parts and buffers to be exchanged in it.
+
+    `copy.copy` is not for modules whose parameters are sharded: it would build them anew.
+    """
+    other = object.__new__(type(module))
+    other.__dict__ = dict(module.__dict__)
+    other._modules, other._buffers = dict(module._modules), dict(module._buffers)
+    return other
 
 
 def take_tokens(tokens: Float[Tensor, "b l d"], index: Tensor) -> Float[Tensor, "b k d"]:

@@ -5,6 +5,7 @@ slices of SIGReg. Nothing random is therefore saved, a resumed run equals the un
 for bit, and the samples of a step do not depend on the number of processes.
 """
 
+import gc
 import json
 import math
 import shutil
@@ -22,7 +23,13 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, gather_object, set_seed
+from accelerate.utils import (
+    LoggerType,
+    gather_object,
+    parse_flag_from_env,
+    patch_environment,
+    set_seed,
+)
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -39,6 +46,7 @@ from jepa_world.checkpoint import (
     writing,
 )
 from jepa_world.config import read_yaml, require_at_least
+from jepa_world.memory import let_go, recompute_blocks, shard_of, sharded, whole
 from jepa_world.probes import collapse_report
 from jepa_world.registry import Stopped, UserError, did_you_mean
 from jepa_world.runs import Run
@@ -62,6 +70,12 @@ class Loop:
     """Largest norm of the gradient; a longer one is shortened to it."""
     compile: bool = False
     """Compile the model: slow to begin, then faster."""
+    recompute: bool = False
+    """Forget what transformers compute inside their blocks, and compute it again for the gradient
+    (activation checkpointing): less memory, slower."""
+    shard: bool = False
+    """Give every process its part of the weights, of their gradients and moments (FSDP2): less
+    memory a device. So does `accelerate launch --use_fsdp`, whose other options are not read."""
     skips: int = 10
     """Steps in a row that are skipped because the loss or the gradient is not finite; one more ends
     the training."""
@@ -136,17 +150,23 @@ def train(
 
     Raises:
         UserError: the batch does not divide, the loss or the gradient is not finite in more steps
-            in a row than may be skipped, the checkpoint does not fit or cannot be written, or a
-            batch cannot be read.
+            in a row than may be skipped, the checkpoint does not fit or cannot be written, a batch
+            cannot be read, or there are no blocks to compute again.
         Stopped: SIGTERM came; the step was finished, and a checkpoint written.
         RuntimeError: a process that reads died or hangs, as torch says it.
     """
     share = own_share(config.batch_size, num_samples, accelerator)
     accelerator.init_trackers("jepa-world")
-    optimizer = AdamW(_parameter_groups(method, config.weight_decay), lr=config.lr)
-    checkpoints = _Checkpoints(run_dir, method, optimizer, accelerator, config.loop, num_samples)
+    if config.loop.recompute:
+        recompute_blocks(method)
+    shards = _shards(config.loop, accelerator)
+    trained = _sharded(method, accelerator) if shards else method
+    optimizer = AdamW(_parameter_groups(trained, config.weight_decay), lr=config.lr)
+    checkpoints = _Checkpoints(
+        run_dir, method, trained, optimizer, accelerator, config.loop, num_samples
+    )
     state = checkpoints.load() if config.resume else _State()
-    model, prepared = accelerator.prepare(method, optimizer)
+    model, prepared = _prepared(trained, optimizer, accelerator, alone=shards)
     log = _Log(run_dir, state.step, accelerator)
     batches = _Batches(read, num_samples, config, share, sizes)
     batches = _batches(batches, state.step, workers, patience)
@@ -164,18 +184,28 @@ def train(
             done, last = step + 1, step + 1 == config.steps
             good = state.in_a_row == 0
             due = (good and done % config.checkpoint_every == 0) or last
+            saved = due or (good and taken.stop)
             if done % config.log_every == 0 or last:
                 log.add({**taken.terms, "skipped": torch.tensor(state.skipped)}, taken.latent)
+            if saved:
+                checkpoints.gather()
             if due:
                 log.measure(_in_evaluation_mode(method, evaluate, done))
             log.write(done, learning_rate(step, config.steps, config.lr))
-            if (due or (good and taken.stop)) and accelerator.is_main_process:
+            if saved:
                 checkpoints.save(state, log.last if due else None)
+            if saved and shards and not last:
+                method.cpu()
             if taken.stop:
                 break
     accelerator.wait_for_everyone()
     batches.close()
+    if shards:
+        let_go(trained)
+    del trained, optimizer, checkpoints
     model, prepared = accelerator.free_memory(model, prepared)  # they hold the process group
+    if shards:
+        gc.collect()  # what is sharded holds itself
     accelerator.end_training()
     if state.step < config.steps:
         raise Stopped(
@@ -183,6 +213,30 @@ def train(
             f"--resume --run-dir {run_dir} goes on from the last checkpoint"
         )
     return log.last
+
+
+def _shards(loop: Loop, accelerator: Accelerator) -> bool:
+    """Tell whether parameters are to be sharded, and there is more than one process for it."""
+    asked = loop.shard or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    return asked and accelerator.num_processes > 1
+
+
+def _sharded(method: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Return the copy that is trained, and put the method aside until it is measured."""
+    trained = sharded(method, accelerator.device)
+    accelerator.print(f"weights are sharded over {accelerator.num_processes} processes")
+    method.cpu()
+    return trained
+
+
+def _prepared(
+    model: nn.Module, optimizer: AdamW, accelerator: Accelerator, *, alone: bool
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Return model and optimiser with their precision, the model in what averages its gradients."""
+    if alone:  # shards average them
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        return model, accelerator.prepare(optimizer)
+    return accelerator.prepare(model, optimizer)
 
 
 @dataclass(frozen=True)
@@ -223,7 +277,7 @@ def _step(
     latent = None
     try:
         loss, parts, latent = _backward(model, batch, step, accelerator)
-        norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), clip))
+        norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), clip)))
         terms = {"loss": loss, **parts, "gradient_norm": norm}
         wrong = _not_finite(loss, norm)
     except ValueError as error:  # of a loss that refuses features that are not finite
@@ -291,14 +345,14 @@ def make_accelerator(
         raise UserError(f"unknown tracker {log_with!r}{did_you_mean(log_with, ['none', *known])}")
     if log_with not in ("none", *map(str, get_available_trackers())):
         raise UserError(f"--loop.log-with {log_with}: not installed; pip install {log_with}")
-    accelerator = Accelerator(
-        mixed_precision=native_precision() if precision == "auto" else precision,
-        log_with=None if log_with == "none" else log_with,
-        project_dir=run_dir,
-        gradient_accumulation_steps=accumulate,
-        dynamo_backend="inductor" if compile else None,
-    )
-    return accelerator
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # it would do so on GPUs alone, and
+        return Accelerator(  # bring losses to half precision: the loop shards by itself
+            mixed_precision=native_precision() if precision == "auto" else precision,
+            log_with=None if log_with == "none" else log_with,
+            project_dir=run_dir,
+            gradient_accumulation_steps=accumulate,
+            dynamo_backend="inductor" if compile else None,
+        )
 
 
 def native_precision() -> str:
@@ -574,35 +628,59 @@ class _Checkpoints:
         self,
         run_dir: Path,
         method: nn.Module,
+        trained: nn.Module,
         optimizer: AdamW,
         accelerator: Accelerator,
         loop: Loop,
         num_samples: int,
     ) -> None:
         self.newest, self.others = run_dir / "checkpoint", run_dir / "checkpoints"
-        self.method, self.optimizer, self.accelerator = method, optimizer, accelerator
+        self.method, self.trained = method, trained
+        self.optimizer, self.accelerator = optimizer, accelerator
         self.loop, self.num_samples = loop, num_samples
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Gather weights that are sharded in the method, which is measured and saved."""
+        if self.trained is self.method:
+            return
+        shards = self.trained.state_dict()
+        for name, own in self.method.to(self.accelerator.device).state_dict().items():
+            own.copy_(whole(shards[name]))
+
+    def _gathered_moments(self) -> dict[str, Tensor]:
+        """Return the optimiser's tensors, gathered where they are sharded, in the first process."""
+        moments: dict[str, Tensor] = {}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                gathered = whole(value)
+                if self.accelerator.is_main_process:
+                    moments[f"optimizer/{index}/{name}"] = gathered.cpu()
+        return moments
 
     def save(self, state: _State, measured: dict[str, float] | None) -> None:
         """Write a checkpoint; the others before it, so that a run killed between writes them again.
+
+        Called in all processes, behind `gather`; the first one writes.
 
         Args:
             state: What was done.
             measured: The line of the log, at the steps where checkpoints are due.
         """
+        moments = self._gathered_moments()
+        if not self.accelerator.is_main_process:
+            return
         if measured is not None and self.loop.best is not None:
             self._save_if_best(state, measured, *self.loop.best)
         if measured is not None and self.loop.keep > 0:
-            self._write(self.others / f"step-{state.step:08d}", state)
-        self._write(self.newest, state)
+            self._write(self.others / f"step-{state.step:08d}", state, moments)
+        self._write(self.newest, state, moments)
         self._prune(state.step)
 
-    def _write(self, folder: Path, state: _State) -> None:
+    def _write(self, folder: Path, state: _State, moments: dict[str, Tensor]) -> None:
         """Write the weights, and beside them all the rest, each whole or not at all."""
         weights = self.method.state_dict()
-        tensors = {f"model/{name}": value for name, value in weights.items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+        tensors = {f"model/{name}": value for name, value in weights.items()} | moments
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         facts = {  # the scale of the loss, in fp16 only
             **asdict(state),
@@ -668,6 +746,7 @@ class _Checkpoints:
             if key.startswith("optimizer/"):
                 _, index, name = key.split("/")
                 states.setdefault(int(index), {})[name] = value
+        self._spread(weights, states)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         if self.accelerator.scaler and facts["scaler"]:
@@ -678,6 +757,18 @@ class _Checkpoints:
         if self.accelerator.is_main_process:
             self._prune(state.step)
         return state
+
+    @torch.no_grad()
+    def _spread(self, weights: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]) -> None:
+        """Give what is trained, where it is sharded, its part of weights and of moments."""
+        if self.trained is self.method:
+            return
+        for name, own in self.trained.state_dict().items():
+            own.copy_(shard_of(weights[name], own))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, values in moments.items():
+            for name, value in values.items():
+                values[name] = shard_of(value, parameters[index])
 
     def _tidy(self) -> None:
         """Remove what a kill left of files that were being written."""

@@ -3,7 +3,6 @@
 (I-JEPA, arXiv 2301.08243, section 3; V-JEPA, 2404.08471, section 3.1: all targets in one pass.)
 """
 
-import copy
 from typing import Literal, TypeVar
 
 import torch
@@ -17,6 +16,7 @@ from jepa_world.nn import (
     CrossAttention,
     grid_index,
     rotary_positions,
+    sharing_weights,
     sincos_of_grid,
 )
 
@@ -192,8 +192,7 @@ P = TypeVar("P", MaskedTransformer, CrossMaskedTransformer)
 
 
 def _for_grid(predictor: P, grid: tuple[int, int, int]) -> P:
-    other = copy.copy(predictor)
-    other._buffers = dict(predictor._buffers)
+    other = sharing_weights(predictor)
     positions = other._positions(grid).to(predictor.positions.device)
     other.register_buffer("positions", positions, persistent=False)
     return other

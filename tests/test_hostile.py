@@ -10,6 +10,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from jepa_world.checkpoint import save_tensors, write_yaml
 from jepa_world.commands.plan import Plan
@@ -115,6 +116,46 @@ def test_the_versions_that_are_tested_lie_in_the_ranges_that_are_allowed():
     for need in core + extras:
         if version := pinned.get(need.name.lower()):
             assert need.specifier.contains(version), f"{need} leaves out {version}"
+
+
+def lower_bound(need):
+    """Return the least version that a requirement allows."""
+    bounds = [Version(one.version) for one in need.specifier if one.operator == ">="]
+    assert bounds, f"{need} has no lower bound"
+    return max(bounds)
+
+
+def test_a_dependency_is_bounded_below_and_what_is_installed_is_allowed():
+    for need in (*requirements()[0], *requirements()[1]):
+        assert lower_bound(need)
+        if need.marker is None or need.marker.evaluate():
+            for found in metadata.distributions(name=need.name):  # none, of an extra
+                assert need.specifier.contains(found.version, prereleases=True), need
+
+
+UNSAFE = [  # the first version without the hole; https://nvd.nist.gov/vuln/detail/<CVE> has each
+    ("torch", "2.6.0", "CVE-2025-32434"),  # code runs from .pt files read with weights_only
+    ("torch", "2.10.0", "CVE-2026-24747"),  # memory is corrupted by .pt files, weights_only too
+    ("pillow", "10.0.1", "CVE-2023-4863"),  # heap overflow by WebP pictures
+    ("pillow", "10.2.0", "CVE-2023-50447"),  # code runs from expressions of ImageMath
+    ("pillow", "10.3.0", "CVE-2024-28219"),  # buffer overflow by colour profiles
+    ("pillow", "11.3.0", "CVE-2025-48379"),  # heap overflow by DDS pictures
+    ("pillow", "12.1.1", "CVE-2026-25990"),  # writes out of bounds by PSD pictures
+    ("pillow", "12.2.0", "CVE-2026-40192"),  # memory is used up by FITS pictures
+    ("pyyaml", "5.4", "CVE-2020-14343"),  # code runs from YAML files, by full_load
+    ("tqdm", "4.66.3", "CVE-2024-34062"),  # code runs from arguments of its command
+    ("setuptools", "78.1.1", "CVE-2025-47273"),  # files written outside the folder
+    ("pyarrow", "14.0.1", "CVE-2023-47248"),  # code runs from IPC and Parquet files
+    ("scikit-learn", "1.5.0", "CVE-2024-5206"),  # words of the training data are kept
+    ("transformers", "4.48.0", "CVE-2024-11393"),  # code runs from checkpoints of MaskFormer
+]
+
+
+@pytest.mark.parametrize(("name", "fixed", "cve"), UNSAFE)
+def test_no_version_with_a_hole_that_is_known_is_allowed(name, fixed, cve):
+    needs = [need for part in requirements() for need in part]
+    bounds = [lower_bound(need) for need in needs if canonicalize_name(need.name) == name]
+    assert bounds and min(bounds) >= Version(fixed), cve
 
 
 def imports(node):

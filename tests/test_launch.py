@@ -37,12 +37,13 @@ def execute(line, **options):
 
 @pytest.mark.parametrize(
     ("name", "processes", "machines"),
-    [("cpu_1", 1, 1), ("cpu_2", 2, 1), ("gpu_8", 8, 1), ("nodes_2", 16, 2)],
+    [("cpu_1", 1, 1), ("cpu_2", 2, 1), ("gpu_8", 8, 1), ("nodes_2", 16, 2), ("fsdp_8", 8, 1)],
 )
 def test_a_launch_file_is_read_whole_by_accelerate(name, processes, machines):
     config: Any = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (config.num_processes, config.num_machines) == (processes, machines)
-    assert (config.distributed_type == "MULTI_GPU") == (processes > 1)
+    kind = "FSDP" if name == "fsdp_8" else "MULTI_GPU" if processes > 1 else "NO"
+    assert config.distributed_type == kind
     assert config.use_cpu == name.startswith("cpu")
     given = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     assert all(str(config.to_dict()[key]).endswith(str(value)) for key, value in given.items())
@@ -112,15 +113,17 @@ def test_launched_processes_plan_what_one_does(command, tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "processes"), [("cpu_1", 1), ("cpu_2", 2)])
+@pytest.mark.parametrize(("name", "processes"), [("cpu_1", 1), ("cpu_2", 2), ("fsdp_8", 2)])
 def test_accelerate_trains_with_the_processes_of_a_file(
     name, processes, tiny_words, tiny_data, tiny_run, tmp_path
 ):
     folder = tmp_path / "run"
     words = [*tiny_words, "--data", tiny_data, "--run-dir", folder]
-    done = launch(name, ROOT / "train_world_model.py", *words)
+    fewer = ["--num_processes", processes]
+    done = launch(name, *fewer, ROOT / "train_world_model.py", *words)
     assert done.returncode == 0, done.stderr
     assert f"{processes} process(es) on cpu" in done.stdout
+    assert ("sharded over 2 processes" in done.stdout) == (name == "fsdp_8")
     losses = [
         [line["loss"] for line in map(json.loads, lines) if "loss" in line]
         for lines in (

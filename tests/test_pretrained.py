@@ -150,6 +150,15 @@ def test_facts_that_no_weight_tells_are_asked_for(tmp_path):
         load_ijepa(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"u", b".", b"\x80\x02.", b"\x80\x02K\x00R.", b"no pickle"]
+)
+def test_bytes_that_are_no_pickle_are_refused_in_one_line(content, tmp_path):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot be read as weights alone: .+$"):
+        load_ijepa(tmp_path / "w.pth")
+
+
 def test_an_encoder_of_clips_is_not_exported():
     with pytest.raises(ValueError, match=r"grid \(2, 2, 2\): IJepaModel takes one frame"):
         to_transformers(ViTEncoder((4, 3, 16, 16), tubelet=2, dim=64, depth=1, heads=2))

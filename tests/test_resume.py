@@ -12,25 +12,34 @@ from conftest import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 
 
+STAGED = (*COMMANDS[3:5], ("train_vjepa", "--clips.stages", 0.5, 2, 32))
+
+
 def label(words):
     return " ".join(map(str, words))
 
 
 SERVER = """
-import gc, json, os, random, signal, socket, sys, time, traceback
+import gc, json, os, random, shutil, signal, socket, sys, threading, time, traceback
 from functools import partial
 from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from tqdm import tqdm
 from jepa_world.checkpoint import load_tensors
 from jepa_world.commands import main
 from jepa_world.commands import train_cost, train_ijepa, train_lejepa, train_vjepa
 from jepa_world.commands import train_world_model
 from jepa_world.encoders import conv, resnet, vit
-from jepa_world.predictors import masked, mlp
-from jepa_world.methods.world_model import Output
+from jepa_world.memory import sharded
+from jepa_world.methods.temporal_distance import TemporalDistanceLearning
+from jepa_world.methods.vjepa2_ac import VJEPA2AC
+from jepa_world.methods.world_model import Output, TeacherWorldModel, WorldModel
+from jepa_world.objectives import TemporalDistance
+from jepa_world.predictors import adaln, block_causal, masked, mlp, prefix
 from jepa_world.runs import Run
+from jepa_world.sigreg import SIGReg
 from jepa_world.training import Loop, Training, begin, make_accelerator, train
 
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # files, as audit events
@@ -46,9 +55,9 @@ class Line(nn.Module):
         return Output(loss, {}, torch.randn(8, 2))
 
 
-def line(folder, resume, dropout=0.5, bad=()):
+def line(folder, resume, dropout=0.5, bad=(), shard=False):
     '''Train a line for six steps, two checkpoints and the best kept; some numbers are NaN.'''
-    loop = Loop(keep=2, best=("error", "min"))
+    loop = Loop(keep=2, best=("error", "min"), shard=shard)
     config = Training(
         steps=6, batch_size=4, lr=0.1, log_every=1, checkpoint_every=1, loop=loop, resume=resume
     )
@@ -173,6 +182,112 @@ def side_by_side(folder, words):
     return max(float((two[key] - value).abs().max()) for key, value in one.items())
 
 
+def in_shards(folder, words):
+    '''Train on one process, and sharded on two; return the largest difference, in float64.
+
+    From a checkpoint in the middle, two go on to the same bytes, and one to the same weights.
+    '''
+    def work(run, resume, *more, **launched):
+        os.environ |= launched
+        torch.set_default_dtype(torch.float64)
+        sys.argv = [*words, "--run-dir", str(run), *(["--resume"] if resume else []), *more]
+        main(words[0])
+
+    def in_parts(run, resume, **launched):
+        work(run, resume, "--loop.shard", **launched)
+
+    finish(work, folder / "one")
+    two_of(in_parts, folder / "two")
+    for name in ("again", "alone"):
+        shutil.copytree(folder / "two", folder / name)
+        shutil.rmtree(folder / name / "checkpoint")
+        (folder / name / "checkpoints" / "step-00000002").rename(folder / name / "checkpoint")
+    two_of(in_parts, folder / "again")
+    finish(work, folder / "alone")
+    one, two, again, alone = (load_tensors(folder / n / "checkpoint" / "training.safetensors")[0]
+                              for n in ("one", "two", "again", "alone"))
+    assert all(torch.equal(again[key], value) for key, value in two.items())
+    assert one.keys() == two.keys() == alone.keys()
+    return max(float((other[key] - value).abs().max())
+               for key, value in one.items() for other in (two, alone))
+
+
+def methods():
+    '''Return a function that makes each method which takes windows or frames of an episode.'''
+    def world(predictor, **options):
+        return WorldModel(encoder(), predictor(16, 2, **options), SIGReg(slices=8), weight=0.1)
+
+    def encoder():
+        return vit.ViTEncoder((1, 3, 16, 16), dim=16, depth=2, heads=2)
+
+    blocks = {"width": 16, "depth": 2, "heads": 2}
+    pooled = partial(vit.PooledViTEncoder, (1, 3, 16, 16), dim=8, depth=1, heads=2)
+    network = mlp.MLPPredictor
+    return {
+        "mlp": lambda: WorldModel(pooled(), network(8, 2), SIGReg(slices=8), weight=0.1),
+        "rollout": lambda: world(adaln.AdaLNPredictor, **blocks),
+        "extend": lambda: world(block_causal.BlockCausalPredictor, rows=2, **blocks),
+        "prefixes": lambda: world(prefix.PrefixPredictor, **blocks),
+        "teacher": lambda: TeacherWorldModel(pooled(), network(8, 2)),
+        "frozen": lambda: VJEPA2AC(encoder(), adaln.AdaLNPredictor(16, 2, **blocks)),
+        "cost": lambda: TemporalDistanceLearning(
+            WorldModel(pooled(), network(8, 2)), TemporalDistance(8, 1, width=16)
+        ),
+    }
+
+
+def shards_of(folder):
+    '''Train every method on one process, and sharded on two; return the largest difference.'''
+    def work(run, resume, shard=False, recompute=False, **launched):
+        os.environ |= launched
+        torch.set_default_dtype(torch.float64)
+        random = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        method = methods()[run.parent.name]()
+        batch = {
+            "pixels": torch.randint(256, (24, 4, 16, 16, 3), dtype=torch.uint8, generator=random),
+            "action": torch.rand(24, 4, 2, generator=random),
+            "reached": torch.rand(24, 2, generator=random) < 0.3,
+        }
+        loop = Loop(shard=shard, recompute=recompute, accumulate=2)
+        train(
+            *(method, lambda index, step: {k: x[index] for k, x in batch.items()}, 24),
+            Training(steps=5, batch_size=8, lr=1e-2, log_every=1, loop=loop),
+            accelerator=make_accelerator("no", "none", run, accumulate=2),
+            run_dir=run,
+        )
+        found = any("gloo" in p.read_text() for p in Path("/proc/self/task").glob("*/comm"))
+        assert not found, "a thread may meet the interpreter in its end"
+
+    worst = 0.0
+    for name in methods():
+        (folder / name).mkdir()
+        finish(work, folder / name / "one")
+        two_of(partial(work, shard=True), folder / name / "two")
+        if name in ("rollout", "extend"):
+            two_of(partial(work, shard=True, recompute=True), folder / name / "again")
+        one, *others = (load_tensors(p)[0] for n in ("one", "two", "again")
+                        if (p := folder / name / n / "checkpoint/training.safetensors").is_file())
+        assert others and all(other.keys() == one.keys() for other in others)
+        off = max(float((o[key] - x).abs().max()) for o in others for key, x in one.items())
+        worst = max(worst, off)
+        assert "sharded over 2 processes" in (folder / name / "log").read_text()
+    two_of(holds_half, folder / "half")
+    return worst
+
+
+def holds_half(run, resume, **launched):
+    '''Shard a model: this process has half of it, before a forward pass and behind it.'''
+    os.environ |= launched
+    accelerator = make_accelerator("no", "none", run)
+    method = methods()["rollout"]()
+    half = sharded(method, accelerator.device)
+    for _ in range(2):
+        held = sum(p.to_local().numel() for p in half.parameters())
+        assert held <= 0.52 * sum(p.numel() for p in method.parameters()), held
+        half.encoder(torch.rand(2, 1, 3, 16, 16))
+
+
 def two_of(work, folder):
     '''Run work in two processes, with what torchrun would give them.'''
     with socket.socket() as free:
@@ -184,11 +299,11 @@ def two_of(work, folder):
     assert [ended(pid) for pid in pids] == [0, 0], (folder.parent / "log").read_text()
 
 
-def skipped(folder):
+def skipped(folder, shard):
     '''Train with a number that is NaN in one of two processes; return the steps skipped.'''
     def work(run, resume, **launched):
         os.environ |= launched
-        line(run, resume, dropout=0.0, bad=[3])
+        line(run, resume, dropout=0.0, bad=[3], shard=shard)
 
     finish(work, folder / "one")
     two_of(work, folder / "two")
@@ -207,6 +322,7 @@ def same(one, two):
 
 
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # forks share its own: one killed with it would stop the others
 how = json.loads(sys.argv[1])
 folder = Path(how.pop("folder"))
 os.environ["ACCELERATE_USE_CPU"] = "1"
@@ -218,6 +334,8 @@ kinds = {
     "changes": at_every_change,
     "random": at_random,
     "processes": side_by_side,
+    "shards": in_shards,
+    "shards of methods": shards_of,
     "skipped": skipped,
 }
 print(kinds[how.pop("kind")](folder, **how))
@@ -261,7 +379,31 @@ def test_two_processes_of_every_command_equal_one(tmp_path, words):
     assert serve(tmp_path, "processes", words=line) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        COMMANDS[2],
+        *(pytest.param(words, marks=pytest.mark.slow) for words in (*COMMANDS[1:2], *STAGED)),
+    ],
+    indirect=True,
+    ids=label,
+)
+def test_sharded_over_two_processes_every_command_equals_one(tmp_path, words):
+    """Weights and moments in float64, to 1e-9; checkpoints are whole, and resumed either way."""
+    line = [*map(str, words), "--steps", "5", "--loop.keep", "3", "--loop.recompute"]
+    assert serve(tmp_path, "shards", words=line) < 1e-9
+
+
 @pytest.mark.slow
-def test_processes_skip_the_same_steps_when_one_of_them_meets_a_number_that_is_not_finite(tmp_path):
+def test_sharded_over_two_processes_every_method_of_a_world_model_equals_one(tmp_path):
+    """Also by the ways into a part beside `forward`, in two parts of a batch, and recomputed."""
+    assert serve(tmp_path, "shards of methods") < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_processes_skip_the_same_steps_when_one_of_them_meets_a_number_that_is_not_finite(
+    tmp_path, shard
+):
     """Twelve samples, one NaN, four in a batch: two of six steps, as on one process."""
-    assert serve(tmp_path, "skipped") == 2
+    assert serve(tmp_path, "skipped", shard=shard) == 2

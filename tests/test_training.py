@@ -469,17 +469,21 @@ def test_two_processes_equal_one(tmp_path, parts):
 
 
 @pytest.mark.slow
-def test_two_processes_of_the_command_equal_one(tmp_path, tiny_data, tiny_words, tiny_run):
-    """In float32: the same losses but for rounding, and checkpoints written once."""
-    folder = tmp_path / "two"
-    done = torchrun(SCRIPT, *tiny_words, "--data", tiny_data, "--run-dir", folder)
+def test_two_processes_of_the_command_equal_one(tmp_path, tiny_data, tiny_words, call):
+    """In float32, so but for rounding: of batch norm of frames that are much alike in the first
+    step, and behind it of AdamW, which divides small gradients by themselves.
+    """
+    words = [*tiny_words, "--data", tiny_data, "--log-every", 1, "--run-dir"]
+    assert call("train_world_model", *words, tmp_path / "one").code == 0
+    done = torchrun(SCRIPT, *words, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert "2 process(es) on cpu" in done.stdout
-    for one, two in zip(metrics(tiny_run), metrics(folder), strict=True):
-        assert one.keys() == two.keys()
-        assert {k: two[k] for k in ("step", "loss") if k in two} == pytest.approx(
-            {k: one[k] for k in ("step", "loss") if k in one}, rel=1e-3
-        )
+    one, two = (metrics(tmp_path / name) for name in NUMBERS)
+    assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == 6
+    for name in ("loss", "prediction", "sigreg", "gradient_norm"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=2e-4)
+        later = [[line[name] for line in run[1:]] for run in (one, two)]
+        assert later[1] == pytest.approx(later[0], rel=3e-2)
 
 
 @pytest.mark.slow

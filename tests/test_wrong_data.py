@@ -161,6 +161,26 @@ def test_a_shard_that_cannot_be_opened_is_left_out_and_two_are_too_many(store):
         Trajectories(store)
 
 
+def test_a_world_model_is_trained_on_what_is_whole_of_a_share_that_is_allowed(
+    store, tiny_words, tmp_path, call
+):
+    for number in (3, 7, 9):
+        cut_short(store / f"shard-{number:05d}.h5")
+    words = (*tiny_words, "--steps", 1, "--data", store, "--run-dir", tmp_path / "run")
+    assert "of 12 files" in call("train_world_model", *words).complaint()
+    ended = call("train_world_model", *words, "--bad-share", -1)
+    assert ended.complaint() == "train_world_model: --bad-share is -1.0: give at least 0"
+    assert call("train_world_model", *words, "--bad-share", 0.3).code == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["skipped"]["count"] == 3
+
+
+def test_a_description_of_a_store_whose_settings_are_none_is_refused(store):
+    (store / "dataset.yaml").write_text("settings:\n")
+    with pytest.raises(UserError, match=r"dataset.yaml' has the settings None: expected keys"):
+        Trajectories(store)
+
+
 def test_an_episode_with_nan_is_left_out_of_windows_and_statistics(store):
     with h5py.File(store / "shard-00000.h5", "r+") as file:
         column: Any = file["action"]

@@ -14,6 +14,7 @@ from jepa_world.commands import use_one_thread
 from jepa_world.commands.plan import shipped
 from jepa_world.commands.train_world_model import collect_default, encode_once
 from jepa_world.config import Part, require_at_least, to_dict
+from jepa_world.data.files import BAD_SHARE
 from jepa_world.data.trajectories import Columns, Trajectories
 from jepa_world.interfaces import LearnedCost
 from jepa_world.masking import uniform_numbers
@@ -42,6 +43,8 @@ class TrainCost(Training):
     """Dataset: as the world model's."""
     columns: Columns = Columns()
     """Which columns of a dataset of others are the pictures and the actions."""
+    bad_share: float = BAD_SHARE
+    """Of the files or episodes that may be damaged; in small sets a tenth may be, and ten."""
     cost: Part = Part("temporal")
     """The network that learns the distance."""
     expectile: float = 0.1
@@ -58,7 +61,7 @@ def run(config: TrainCost) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
     use_one_thread()
     require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
-    require_at_least(config, lr=0, weight_decay=0, seed=0)
+    require_at_least(config, lr=0, weight_decay=0, seed=0, bad_share=0)
     if not 0 < config.expectile < 1:
         raise UserError(f"--expectile is {config.expectile}: give a number between 0 and 1")
     made = Run.of("train_cost", config.run_dir)
@@ -71,7 +74,10 @@ def run(config: TrainCost) -> None:
     if accelerator.is_main_process and config.data == Path("data/reach"):
         collect_default(config.data)
     accelerator.wait_for_everyone()
-    store = Trajectories(config.data, pixels=config.columns.pixels, action=config.columns.action)
+    named = config.columns
+    store = Trajectories(
+        config.data, pixels=named.pixels, action=named.action, bad_share=config.bad_share
+    )
     check_frames(store, description)
     training, held_out = store.split(0.05)
     stride = description.get("stride", 1)

@@ -19,6 +19,7 @@ from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
 from jepa_world.commands import use_one_thread
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
+from jepa_world.data.files import BAD_SHARE
 from jepa_world.data.trajectories import Columns, Trajectories
 from jepa_world.interfaces import ReadsWeights
 from jepa_world.losses import Distance, VICReg
@@ -79,6 +80,8 @@ class TrainWorldModel(Training):
     """Dataset: a folder of shards that collect.py made, or one in a layout of docs/datasets.md."""
     columns: Columns = Columns()
     """Which columns of a dataset of others are the pictures and the actions."""
+    bad_share: float = BAD_SHARE
+    """Of the files or episodes that may be damaged; in small sets a tenth may be, and ten."""
     encoder: Part = Part("conv")
     """Maps frames to latents."""
     predictor: Part = Part("mlp")
@@ -103,7 +106,7 @@ def run(config: TrainWorldModel) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
     use_one_thread()
     require_at_least(config, frames=2, steps=1, batch_size=2, log_every=1)
-    require_at_least(config, lr=0, weight_decay=0, seed=0, checkpoint_every=1)
+    require_at_least(config, lr=0, weight_decay=0, seed=0, checkpoint_every=1, bad_share=0)
     check_steps_ahead(config)
     check_regulariser(config.regulariser)
     made = Run.of("train_world_model", config.run_dir)
@@ -116,7 +119,9 @@ def run(config: TrainWorldModel) -> None:
         collect_default(config.data)
     accelerator.wait_for_everyone()
     named, stride = config.columns, config.predict.stride
-    store = Trajectories(config.data, pixels=named.pixels, action=named.action)
+    store = Trajectories(
+        config.data, pixels=named.pixels, action=named.action, bad_share=config.bad_share
+    )
     training, held_out = store.split(0.05)
 
     torch.manual_seed(config.seed)

@@ -508,7 +508,13 @@ class _Frames:
 def _read_metadata(path: Path) -> dict[str, Any]:
     """Return dataset.yaml of a folder, or nothing where there is none."""
     file = path / "dataset.yaml"
-    return read_yaml(file) if file.is_file() else {}
+    metadata = read_yaml(file) if file.is_file() else {}
+    settings = metadata.get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{str(file)!r} has the settings {settings!r:.80}: expected keys and values"
+        )
+    return metadata
 
 
 def _check_complete(path: Path, metadata: Mapping[str, Any], found: int) -> None:

@@ -29,7 +29,7 @@ from jepa_world.interfaces import Encoder, MaskedPredictor
 from jepa_world.losses import DISTANCES, Distance
 from jepa_world.masking import Grid, Masks, MultiBlockMasks
 from jepa_world.methods.world_model import Output, follow
-from jepa_world.nn import projection_head, sum_over_processes, take_tokens
+from jepa_world.nn import projection_head, sharing_weights, sum_over_processes, take_tokens
 from jepa_world.registry import UserError
 from jepa_world.sigreg import SIGReg
 
@@ -269,8 +269,7 @@ def fitted(method: M, pixels: UInt8[Tensor, "b *t hh ww c"]) -> M:
     shape = (frames, channels, rows, columns)
     if method.shape in (None, shape):
         return method
-    other = copy.copy(method)
-    other._modules = dict(method._modules)
+    other = sharing_weights(method)
     for name in ("encoder", "student"):
         if name in other._modules:
             other._modules[name] = _for_clips(method.get_submodule(name), shape)
