@@ -114,22 +114,22 @@ def successes(env: gym.Env[Any, Any], count: int, planned: int) -> list[str]:
 
 
 def contact_sheet(names: list[str], *, size: int = 96, margin: int = 4) -> Image.Image:
-    """Draw a row a task: a start, its goal, and the start under four draws of all factors."""
+    """Draw a column a task: a start, its goal, and the start under four draws of all factors."""
     titles = ("start", "goal", "factors", "", "", "")
-    cell, left, top = size + margin, 110, 18
-    sheet = Image.new("RGB", (left + len(titles) * cell, top + len(names) * cell), "white")
+    cell, left, top = size + margin, 48, 18
+    sheet = Image.new("RGB", (left + len(names) * cell, top + len(titles) * cell), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((left + column * cell, 4), title, fill="black")
-    for row, name in enumerate(names):
+    for row, title in enumerate(titles):
+        draw.text((margin, top + row * cell + size // 2), title, fill="black")
+    for column, name in enumerate(names):
         env = envs.make(name, size=size)
         observation, info = env.reset(seed=1)
         pictures = [observation, info["goal"]]
         for seed in range(4):
             factors = env.reset(seed=seed, options={"factors": "random"})[1]["factors"]
             pictures.append(env.reset(seed=1, options={"factors": factors})[0])
-        draw.text((margin, top + row * cell + size // 2), name, fill="black")
-        for column, picture in enumerate(pictures):
+        draw.text((left + column * cell, 4), name, fill="black")
+        for row, picture in enumerate(pictures):
             sheet.paste(Image.fromarray(picture[..., :3]), (left + column * cell, top + row * cell))
         env.close()
     return sheet
