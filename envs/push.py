@@ -147,22 +147,15 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._distance(self._scene.imagine(actions))
 
     def guide(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
-        """Push the block towards places and angles drawn anew, with noise; then stir about it.
-
-        Stirring, smooth noise with a pull to the block, is how planners try actions: a model that
-        has only seen good pushes imagines that all are.
-        """
+        """Push the block towards places and angles drawn anew, with noise; at times wander."""
         while True:
+            if generator.random() < 0.15:
+                yield from [generator.uniform(-1, 1, 2)] * 6
             target = generator.uniform(-PLACE, PLACE, 2)
             turn = self._scene.data.qpos[4] + generator.uniform(-np.pi, np.pi)
             pushing = self._push_to(np.array([*target, turn]))
-            for _, action in zip(range(int(generator.integers(10, 45))), pushing, strict=False):
+            for _, action in zip(range(int(generator.integers(20, 60))), pushing, strict=False):
                 yield (action + 0.2 * generator.standard_normal(2)).clip(-1, 1)
-            drift = np.zeros(2)
-            for _ in range(int(generator.integers(10, 35))):
-                disc, block = self._scene.data.qpos[:2], self._scene.data.qpos[2:4]
-                drift = 0.8 * drift + 0.5 * generator.standard_normal(2)
-                yield (drift + 2 * (block - disc)).clip(-1, 1)
 
     def expert(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         """Push the block to the goal, and let it lie there."""
