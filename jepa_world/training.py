@@ -159,17 +159,39 @@ def train(
     accelerator.init_trackers("jepa-world")
     if config.loop.recompute:
         recompute_blocks(method)
-    shards = _shards(config.loop, accelerator)
+    batches = _Batches(read, num_samples, config, share, sizes)
+    state, last = _loop(method, batches, accelerator, run_dir, evaluate, workers, patience)
+    if _shards(config.loop, accelerator):
+        gc.collect()  # what is sharded holds itself, and the process group
+    accelerator.end_training()
+    if state.step < config.steps:
+        raise Stopped(
+            f"asked to end, stopped after step {state.step} of {config.steps}; "
+            f"--resume --run-dir {run_dir} goes on from the last checkpoint"
+        )
+    return last
+
+
+def _loop(
+    method: nn.Module,
+    data: "_Batches",
+    accelerator: Accelerator,
+    run_dir: Path,
+    evaluate: Evaluate | None,
+    workers: int,
+    patience: float,
+) -> tuple["_State", dict[str, float]]:
+    """Take the steps that are left; return where they end, and the last line of the log."""
+    config, shards = data.config, _shards(data.config.loop, accelerator)
     trained = _sharded(method, accelerator) if shards else method
     optimizer = AdamW(_parameter_groups(trained, config.weight_decay), lr=config.lr)
     checkpoints = _Checkpoints(
-        run_dir, method, trained, optimizer, accelerator, config.loop, num_samples
+        run_dir, method, trained, optimizer, accelerator, config.loop, data.num_samples
     )
     state = checkpoints.load() if config.resume else _State()
     model, prepared = _prepared(trained, optimizer, accelerator, alone=shards)
     log = _Log(run_dir, state.step, accelerator)
-    batches = _Batches(read, num_samples, config, share, sizes)
-    batches = _batches(batches, state.step, workers, patience)
+    batches = _batches(data, state.step, workers, patience)
     with _noticing_termination() as asked:
         for step in _progress(state.step, config.steps, accelerator):
             set_seed(_step_seed(config.seed, step))
@@ -202,17 +224,8 @@ def train(
     batches.close()
     if shards:
         let_go(trained)
-    del trained, optimizer, checkpoints
-    model, prepared = accelerator.free_memory(model, prepared)  # they hold the process group
-    if shards:
-        gc.collect()  # what is sharded holds itself
-    accelerator.end_training()
-    if state.step < config.steps:
-        raise Stopped(
-            f"asked to end, stopped after step {state.step} of {config.steps}; "
-            f"--resume --run-dir {run_dir} goes on from the last checkpoint"
-        )
-    return log.last
+    accelerator.free_memory(model, prepared)  # they hold the process group
+    return state, log.last
 
 
 def _shards(loop: Loop, accelerator: Accelerator) -> bool:
