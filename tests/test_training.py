@@ -481,9 +481,9 @@ def test_two_processes_of_the_command_equal_one(tmp_path, tiny_data, tiny_words,
     one, two = (metrics(tmp_path / name) for name in NUMBERS)
     assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == 6
     for name in ("loss", "prediction", "sigreg", "gradient_norm"):
-        assert two[0][name] == pytest.approx(one[0][name], rel=2e-4)
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4)
         later = [[line[name] for line in run[1:]] for run in (one, two)]
-        assert later[1] == pytest.approx(later[0], rel=3e-2)
+        assert later[1] == pytest.approx(later[0], rel=5e-3)
 
 
 @pytest.mark.slow
