@@ -315,8 +315,9 @@ def checked_vjepa(
 def start_from(method: IJEPA | TeacherIJEPA, run: Path) -> None:
     """Give the encoder the weights of a trained one, of images or of videos.
 
-    A map of patches of one frame is laid under every frame of a tubelet, divided by their number:
-    a still clip looks to it as the image did.
+    A map of patches of one frame is laid under every frame of a tubelet, divided by their number,
+    beside the encoder's own map less its mean over these frames: a still clip looks to it as the
+    image did, and what moves shows from the first step.
 
     Raises:
         UserError: no checkpoint, or another encoder.
@@ -328,13 +329,15 @@ def start_from(method: IJEPA | TeacherIJEPA, run: Path) -> None:
 
 
 def load_inflated(encoder: nn.Module, weights: dict[str, Tensor], name: str) -> None:
-    """Load weights, and lay a map of patches of one frame under every frame of a tubelet."""
+    """Load weights; a map of patches of one frame becomes the mean of an own map of several."""
     own = encoder.state_dict()
     for key, value in weights.items():
         if key in own and value.ndim == 2 and own[key].ndim == 2:
             times = own[key].shape[1] // value.shape[1]
             if times > 1 and own[key].shape == (value.shape[0], times * value.shape[1]):
-                weights = weights | {key: value.repeat(1, times) / times}
+                frames = own[key].unflatten(1, (times, -1))
+                inflated = frames - frames.mean(1, keepdim=True) + value.unsqueeze(1) / times
+                weights = weights | {key: inflated.flatten(1)}
     load_state(encoder, weights, name)
 
 
