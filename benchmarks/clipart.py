@@ -5,8 +5,8 @@
 
 OUT/ten has `train` and `test` folders of ten classes, every fifth drawing in `test`. OUT/all has
 the same test part, and every drawing that is not in it in `train`: to learn from without labels.
-Copies whose shorter side is at most 256 pixels, so that reading them takes seconds; of drawings with
-the same bytes the first one counts, and one that PIL refuses is named and left out.
+Copies whose shorter side is at most 256 pixels, so that reading them takes seconds; of drawings
+with the same bytes the first one counts, and one that PIL refuses is named and left out.
 """
 
 import argparse

@@ -108,6 +108,16 @@ def test_probes_read_separable_classes_whatever_the_scale_of_the_features():
     assert (linear_probe(fit_z * scales, fit_y, z * scales) == y).float().mean() > 0.9
 
 
+def test_few_samples_of_many_features_choose_a_strong_decay():
+    (fit_z, fit_y), (z, y) = blobs(90, dim=60, apart=0.3), blobs(900, dim=60, apart=0.3, seed=1)
+    strong, weak, chosen = (
+        float((linear_probe(fit_z, fit_y, z, **how) == y).float().mean())
+        for how in ({"decays": [1.0]}, {"decays": [1e-5]}, {})
+    )
+    assert strong > weak + 0.02
+    assert chosen > weak + 0.01
+
+
 def test_nearest_neighbours_vote_and_the_nearer_ones_win_a_tie():
     fit_z = torch.tensor([[1.0, 0.1], [1.0, 0.4], [-1.0, 0.2], [0.1, 1.0], [-1.1, -1.7]])
     fit_y = torch.tensor([0, 0, 1, 1, 2])  # the mean is zero
