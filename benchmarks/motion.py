@@ -5,7 +5,7 @@
 
 `items`: every image of the training part in one motion, and half of the test part: OUT/train and
 OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `windows`: a window at every fifth
-frame, test episodes apart, with joint angles (cosines and sines) and joint rates (rad/s) at the
+frame (`--every`), test episodes apart, with joint angles (cosines and sines) and joint rates (rad/s) at the
 last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data OUT` take both.
 """
 
@@ -35,13 +35,13 @@ def lay_out_items(source: Path, folder: Path, count: int) -> None:
         write_motion_clips(folder / name, images.take(chosen), seed=seed)
 
 
-def lay_out_windows(source: Path, folder: Path) -> None:
-    """Write windows of episodes with what the simulator knows of their last frame."""
+def lay_out_windows(source: Path, folder: Path, every: int) -> None:
+    """Write windows of episodes, one at every so many frames, with what the simulator knows of their last frame."""
     columns = ("pixels", "state", "proprio")
     for name, part in zip(
         ("train", "test"), Trajectories(source, columns=columns).split(0.2), strict=True
     ):
-        first = part.windows(FRAMES)[::5]
+        first = part.windows(FRAMES)[::every]
         joints = part.read(first[:1], FRAMES)["state"].shape[-1] // 2
         heads = [f"rate{i}" for i in range(joints)]
         heads += [f"{f}{i}" for i in range(joints) for f in ("cos", "sin")]
@@ -61,11 +61,12 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=16_000, help="items for training")
+    parser.add_argument("--every", type=int, default=5, help="frames between windows")
     given = parser.parse_args()
     if given.what == "items":
         lay_out_items(given.source, given.folder, given.count)
     else:
-        lay_out_windows(given.source, given.folder)
+        lay_out_windows(given.source, given.folder, given.every)
 
 
 if __name__ == "__main__":
