@@ -1,11 +1,13 @@
-"""A small residual network for images of 28 to 96 pixels: one token, the mean of the last map.
+"""A small residual network for images of 28 to 96 pixels: tokens are the places of its last map.
 
 A stem and one or more basic blocks a stage, as in the network for small images of ResNet
-(https://arxiv.org/abs/1512.03385, section 4.2); channels double where the map halves. The mean over
-places makes it nearly blind to where things are, which is what views of an image ask for.
+(https://arxiv.org/abs/1512.03385, section 4.2); channels double where the map halves. Methods of
+views read the mean token: nearly blind to where things are, which is what views of an image ask for.
 """
 
-from einops import rearrange, reduce
+import math
+
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, channels_last, nn
 
@@ -13,7 +15,9 @@ from jepa_world.nn import BatchNorm, take_tokens
 
 
 class ResNetEncoder(nn.Module):
-    """Encode each frame by itself into one token of `width * 2^(stages - 1)` channels.
+    """Encode each frame by itself into a map of tokens of `width * 2^(stages - 1)` channels.
+
+    Frames of another size than `observation_shape` give a map of another size.
 
     Args:
         observation_shape: `(t, c, hh, ww)`; any t is accepted later.
@@ -29,7 +33,7 @@ class ResNetEncoder(nn.Module):
         >>> import torch
         >>> encoder = ResNetEncoder((1, 3, 32, 32), width=16)
         >>> encoder(torch.rand(2, 4, 3, 32, 32)).shape
-        torch.Size([2, 4, 1, 128])
+        torch.Size([2, 4, 4, 128])
     """
 
     def __init__(
@@ -60,16 +64,17 @@ class ResNetEncoder(nn.Module):
                 layers.append(_Block(out, width * 2**stage, stride))
                 out = width * 2**stage
         self.blocks = nn.Sequential(*layers)
-        self.dim, self.num_tokens = out, 1
+        self.grid = (1, math.ceil(rows / 2**stages), math.ceil(columns / 2**stages))
+        self.dim, self.num_tokens = out, math.prod(self.grid)
 
     def forward(
         self, video: Float[Tensor, "b t c hh ww"], keep: Int[Tensor, "b k"] | None = None
     ) -> Tensor:
-        """Return `(b t 1 d)`, or `(b k d)` of the frames `keep`."""
+        """Return `(b t n d)`, or `(b k d)` of the tokens `keep`."""
         frames = rearrange(video, "b t c hh ww -> (b t) c hh ww")
         maps = self.blocks(self.stem(frames.contiguous(memory_format=channels_last)).relu())
-        z = reduce(maps.float(), "(b t) c hh ww -> b t c", "mean", b=len(video))
-        return z.unsqueeze(2) if keep is None else take_tokens(z, keep)
+        z = rearrange(maps.float(), "(b t) c y x -> b t (y x) c", b=len(video))
+        return z if keep is None else take_tokens(z.flatten(1, 2), keep)
 
 
 class _Convolution(nn.Module):
