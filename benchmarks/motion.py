@@ -5,8 +5,9 @@
 
 `items`: every image of the training part in one motion, and half of the test part: OUT/train and
 OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `windows`: a window at every fifth
-frame (`--every`), test episodes apart, with joint angles (cosines and sines) and joint rates (rad/s) at the
-last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data OUT` take both.
+frame (`--every`), test episodes apart, with joint angles (cosines and sines) and joint rates
+(rad/s) at the last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data OUT`
+take both.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def lay_out_items(source: Path, folder: Path, count: int) -> None:
 
 
 def lay_out_windows(source: Path, folder: Path, every: int) -> None:
-    """Write windows of episodes, one at every so many frames, with what the simulator knows of their last frame."""
+    """Write windows of episodes, and what the simulator knows of the last frame of each."""
     columns = ("pixels", "state", "proprio")
     for name, part in zip(
         ("train", "test"), Trajectories(source, columns=columns).split(0.2), strict=True

@@ -2,7 +2,7 @@
 
 A stem and one or more basic blocks a stage, as in the network for small images of ResNet
 (https://arxiv.org/abs/1512.03385, section 4.2); channels double where the map halves. Methods of
-views read the mean token: nearly blind to where things are, which is what views of an image ask for.
+views read the mean token: nearly blind to where things are, which is what views ask for.
 """
 
 import math

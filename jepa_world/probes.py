@@ -318,8 +318,27 @@ def attentive_r2(
     read = _fit_attentive(
         fit_z, target, len(mean), F.mse_loss, heads=heads, epochs=epochs, seed=seed
     )
-    error = y - (read(z).to(y) * std + mean)
-    return 1 - error.square().sum(0) / (y - y.mean(0)).square().sum(0)
+    return r_squared(read(z).to(y) * std + mean, y)
+
+
+def placed_r2(
+    fit_z: Float[Tensor, "n l d"],
+    fit_y: Float[Tensor, "n k"],
+    z: Float[Tensor, "m l d"],
+    y: Float[Tensor, "m k"],
+    *,
+    components: int = 512,
+    seed: int = 0,
+) -> Float[Tensor, " k"]:
+    """Return R^2 on (z, y) of what a perceptron reads from tokens that it knows the places of.
+
+    All numbers of all tokens, of which it sees the first principal components of the fit: an
+    attentive probe tells tokens apart by what is in them alone.
+    """
+    mean = fit_z.mean(0).flatten()
+    directions = principal_directions(fit_z.flatten(1) - mean)[:, -components:]
+    fit_x, x = ((tokens.flatten(1) - mean) @ directions for tokens in (fit_z, z))
+    return r_squared(mlp_read_out(fit_x, fit_y, seed=seed)(x), y)
 
 
 def _fit_attentive(

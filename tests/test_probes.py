@@ -17,6 +17,7 @@ from jepa_world.probes import (
     linear_probe_r2,
     linear_read_out,
     mlp_read_out,
+    placed_r2,
     r_squared,
     spearman,
     whiten,
@@ -216,6 +217,15 @@ def test_an_attentive_read_out_finds_the_token_that_holds_the_number():
     assert (linear_probe_r2(*(x.mean(1) if x.ndim == 3 else x for x in sets)) < 0.5).all()
     assert torch.equal(attentive_r2(*sets, epochs=1), attentive_r2(*sets, epochs=1))
     assert (attentive_r2(sets[0].flip(0), *sets[1:], epochs=1) < 0.1).all()
+
+
+def test_tokens_are_read_by_their_places_where_nothing_in_them_tells_these():
+    z = normal(1300, 4, 3)
+    y = (z[:, 2, :2] + z[:, 1, 1:] ** 2).double()
+    sets = z[:1200], y[:1200], z[1200:], y[1200:]
+    assert (placed_r2(*sets) > 0.8).all()
+    assert (attentive_r2(*sets, heads=1, epochs=5) < 0.5).all()
+    assert (placed_r2(*sets[:2], z[1200:].flip(1), y[1200:]) < 0.3).all()
 
 
 def test_a_network_reads_what_no_plane_through_the_features_tells():

@@ -19,7 +19,14 @@ from jepa_world.data.augmentation import Augmentation
 from jepa_world.data.clips import Clips
 from jepa_world.evaluation import Rate
 from jepa_world.methods.supervised import Supervised
-from jepa_world.probes import attentive_probe, attentive_r2, clip_tokens, knn_probe, linear_probe
+from jepa_world.probes import (
+    attentive_probe,
+    attentive_r2,
+    clip_tokens,
+    knn_probe,
+    linear_probe,
+    placed_r2,
+)
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.training import Training, make_accelerator, train
@@ -132,7 +139,7 @@ def values_by_encoder(
     test: Clips,
     config: ProbeVideo,
 ) -> dict[str, dict[str, float]]:
-    """Return R^2 of every number by an attentive probe of an encoder's tokens.
+    """Return R^2 of every number: an attentive probe of all tokens, and the last step by place.
 
     Of clips, and of clips whose last frame stands still: what one frame gives.
     """
@@ -145,9 +152,14 @@ def values_by_encoder(
     rows: dict[str, dict[str, float]] = {}
     for name, encoder in known.items():
         for seen, view in (("", np.asarray), (", the last frame alone", still)):
-            sets = clip_tokens(encoder, view(fit)), fit_y, clip_tokens(encoder, view(pixels)), y
-            r2 = attentive_r2(*sets, seed=config.seed).tolist()
-            rows[name + seen] = {k: round(v, 4) for k, v in zip(training.values, r2, strict=True)}
+            fit_z, z = (clip_tokens(encoder, view(clips)) for clips in (fit, pixels))
+            fit_last, last = (tokens[:, -encoder.num_tokens :] for tokens in (fit_z, z))
+            for how, r2 in (
+                ("", attentive_r2(fit_z, fit_y, z, y, seed=config.seed)),
+                (", last step by place", placed_r2(fit_last, fit_y, last, y, seed=config.seed)),
+            ):
+                told = zip(training.values, r2.tolist(), strict=True)
+                rows[name + seen + how] = {k: round(v, 4) for k, v in told}
     return rows
 
 
