@@ -1,13 +1,15 @@
 """Lay out videos with known motion: moving items, or windows of a dataset of trajectories.
 
     python benchmarks/motion.py items /usr/share/datasets/fashion-mnist data/fashion_motion
+    python benchmarks/motion.py frames data/fashion_motion data/fashion_frames
     python benchmarks/motion.py windows data/reach data/reach_windows
 
 `items`: every image of the training part in one motion, and half of the test part: OUT/train and
-OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `windows`: a window at every fifth
-frame (`--every`), test episodes apart, with joint angles (cosines and sines) and joint rates
-(rad/s) at the last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data OUT`
-take both.
+OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `frames`: a frame of every video
+of the training part as a picture, for `train_vjepa.py --clips.images OUT`. `windows`: a window at
+every fifth frame (`--every`), test episodes apart, with joint angles (cosines and sines) and joint
+rates (rad/s) at the last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data
+OUT` take items and windows.
 """
 
 import argparse
@@ -15,8 +17,10 @@ import csv
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from jepa_world.commands.train_vjepa import load_parts
 from jepa_world.data.images import load_images
 from jepa_world.data.motion import write_motion_clips
 from jepa_world.data.trajectories import Trajectories
@@ -34,6 +38,15 @@ def lay_out_items(source: Path, folder: Path, count: int) -> None:
     ):
         chosen = np.arange(min(at_most, len(images)))
         write_motion_clips(folder / name, images.take(chosen), seed=seed)
+
+
+def lay_out_frames(source: Path, folder: Path) -> None:
+    """Write one frame of every video of the training part, at a time by chance."""
+    clips, _ = load_parts(source)
+    folder.mkdir(parents=True)
+    pixels, _ = clips.draw(np.arange(len(clips)), frames=1, fps=FPS, size=48, seed=0, step=0)
+    for number, (frame,) in enumerate(pixels):
+        Image.fromarray(frame).save(folder / f"{number:05d}.png")
 
 
 def lay_out_windows(source: Path, folder: Path, every: int) -> None:
@@ -58,7 +71,7 @@ def lay_out_windows(source: Path, folder: Path, every: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Lay out videos with known motion")
-    parser.add_argument("what", choices=("items", "windows"))
+    parser.add_argument("what", choices=("items", "frames", "windows"))
     parser.add_argument("source", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=16_000, help="items for training")
@@ -66,6 +79,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "items":
         lay_out_items(given.source, given.folder, given.count)
+    elif given.what == "frames":
+        lay_out_frames(given.source, given.folder)
     else:
         lay_out_windows(given.source, given.folder, given.every)
 

@@ -163,10 +163,11 @@ def test_probes_of_videos_are_printed_beside_what_costs_nothing(call, run, video
     folder = tmp_path / "probe"
     words = ("--data", videos, "--checkpoint", run, "--frames", 8, "--fps", 8, "--size", 16)
     words += ("--supervised-steps", 2, "--precision", "no", "--run-dir", folder)
-    done = call("probe_video", *words)
+    done = call("probe_video", *words, "--frame-by-frame")
     assert done.code == 0, done.stderr
     rows = json.loads((folder / "results.json").read_text())["features"]["motion"]
     assert {"raw pixels", "mean frame", "random encoder", str(run)} <= rows.keys()
+    assert {"random encoder, frame by frame", f"{run}, frame by frame"} <= rows.keys()
     assert {"supervised, in order", "supervised, shuffled"} <= rows.keys()
     assert rows[str(run)].keys() == {"attentive", "shuffled", "linear", "knn"}
     assert "motion" in done.stdout and "content" in done.stdout

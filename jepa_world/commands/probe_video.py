@@ -55,6 +55,8 @@ class ProbeVideo:
     """Side in pixels."""
     at_most: int = 2000
     """Videos that probes are fitted on, and half as many that they are judged on."""
+    frame_by_frame: bool = False
+    """Also read the encoders as encoders of images: every frame by itself."""
     supervised_steps: int = 0
     """Also train the encoder with labels for so many steps of 64, in order and shuffled."""
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -88,6 +90,8 @@ def run(config: ProbeVideo) -> None:
     random = part.build("encoder", shape).eval()
     known: dict[str, Any] = {"random encoder": random}
     known |= {name: encoder for name, (encoder, _) in encoders.items()}
+    if config.frame_by_frame:
+        known |= {f"{name}, frame by frame": by_frame(known[name], shape) for name in list(known)}
     results = {
         factor: plain_rows(factor, fit, training, pixels, test) for factor in training.classes
     }
@@ -106,6 +110,17 @@ def run(config: ProbeVideo) -> None:
         print(f"R^2 from {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
     counts = {"judged_on": len(test), "fitted_on": len(training)}
     made.finish({**counts, "features": results, "R^2": r2})
+
+
+def by_frame(encoder: Any, shape: tuple[int, ...]) -> Any:
+    """Return the encoder for clips of one frame, with the same weights.
+
+    Raises:
+        UserError: it is for clips of one length only.
+    """
+    if not hasattr(encoder, "for_clips"):
+        raise UserError(f"--frame-by-frame: {type(encoder).__name__} has no `for_clips`")
+    return encoder.for_clips((1, *shape[1:])).eval()
 
 
 def judge(
