@@ -63,7 +63,7 @@ class ClipFlags:
     bad_share: float = BAD_SHARE
     """Of the videos that may be unreadable; in small sets a tenth may be, and ten."""
     images: Path | None = None
-    """Images for every fourth step, as train_ijepa takes them: joint training."""
+    """Images for every fourth step, as many as have the tokens of its clips: joint training."""
 
 
 @dataclass(frozen=True)
@@ -217,11 +217,7 @@ class Reader:
     def __call__(self, index: Int[np.ndarray, " b"], step: int) -> dict[str, Tensor]:
         """Return `pixels`, bytes, of the samples `index`, and what number each has in the data."""
         if self.images is not None and step % 4 == 3:
-            chosen = index % len(self.images)
-            pixels = self.images.pixels[chosen]
-            if pixels.shape[-1] == 1:
-                pixels = np.repeat(pixels, 3, -1)
-            return {"pixels": torch.from_numpy(pixels), "index": torch.from_numpy(chosen)}
+            return self._images(self.images, index)
         frames, size = stage(self.config, step)
         pixels, drawn = self.clips.draw(
             index,
@@ -231,6 +227,15 @@ class Reader:
             seed=self.config.seed,
             step=step,
         )
+        return {"pixels": torch.from_numpy(pixels), "index": torch.from_numpy(drawn)}
+
+    def _images(self, images: Images, index: Int[np.ndarray, " b"]) -> dict[str, Tensor]:
+        """Return as many images for every clip as it has steps of tokens in time."""
+        times = max(1, self.config.clips.frames // self.config.encoder.options.get("tubelet", 1))
+        drawn = (index[:, None] * times + np.arange(times)).ravel()
+        pixels = images.pixels[drawn % len(images)]
+        if pixels.shape[-1] == 1:
+            pixels = np.repeat(pixels, 3, -1)
         return {"pixels": torch.from_numpy(pixels), "index": torch.from_numpy(drawn)}
 
 
