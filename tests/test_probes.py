@@ -112,8 +112,12 @@ def test_probes_read_separable_classes_whatever_the_scale_of_the_features():
 def test_few_samples_of_many_features_choose_a_strong_decay():
     (fit_z, fit_y), (z, y) = blobs(90, dim=60, apart=0.3), blobs(900, dim=60, apart=0.3, seed=1)
     strong, weak, chosen = (
-        float((linear_probe(fit_z, fit_y, z, **how) == y).float().mean())
-        for how in ({"decays": [1.0]}, {"decays": [1e-5]}, {})
+        float((told == y).float().mean())
+        for told in (
+            linear_probe(fit_z, fit_y, z, decays=[0.1]),
+            linear_probe(fit_z, fit_y, z, decays=[1e-5]),
+            linear_probe(fit_z, fit_y, z),
+        )
     )
     assert strong > weak + 0.02
     assert chosen > weak + 0.01
