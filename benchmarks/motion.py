@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16_000, help="items for training")
     parser.add_argument("--every", type=int, default=5, help="frames between windows")
     given = parser.parse_args()
+    if given.what == "frames" and given.folder.exists():
+        parser.error(f"{given.folder} is there already: nothing is overwritten")
     if given.what == "items":
         lay_out_items(given.source, given.folder, given.count)
     elif given.what == "frames":

@@ -116,6 +116,18 @@ def test_any_encoder_of_images_gets_gradients_everywhere(encoder):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_features_of_resnet_are_read_in_parts():
+    encoder = ResNetEncoder((1, 3, 33, 48), width=16, stages=3).eval()
+    assert encoder.grid == (1, 5, 6)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 33, 48, 3), np.uint8)
+    whole, parts = (image_features(encoder, pixels, cells=cells) for cells in (1, 2))
+    with torch.no_grad():
+        tokens = encoder(torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, None] / 255)[:, 0]
+    torch.testing.assert_close(whole, tokens.mean(1))
+    upper_left = tokens.unflatten(1, (5, 6))[:, :3, :3].mean((1, 2))
+    torch.testing.assert_close(parts.unflatten(1, (-1, 4))[..., 0], upper_left)
+
+
 @pytest.mark.parametrize("options", [{}, {"width": 16, "stages": 2, "blocks": 2}])
 def test_resnet_keeps_its_contract(options):
     check_encoder(ResNetEncoder((1, 3, 32, 32), **options), (1, 3, 32, 32))

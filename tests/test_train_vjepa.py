@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from typing import cast
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 
 from jepa_world.checkpoint import encoder_weights, load_tensors
-from jepa_world.commands.train_vjepa import ClipFlags, middles
-from jepa_world.config import read_yaml
-from jepa_world.data.clips import load_clips
+from jepa_world.commands.train_vjepa import ClipFlags, Reader, TrainVjepa, middles
+from jepa_world.config import Part, read_yaml
+from jepa_world.data.clips import Clips, load_clips
+from jepa_world.data.images import Images
 from jepa_world.data.motion import letters, write_motion_clips
 from jepa_world.methods.world_model import load_world_model
 
@@ -105,6 +107,14 @@ def test_stages_and_images_share_the_weights(call, videos, pictures, tmp_path, t
     again = ("--config", tmp_path / "run" / "config.yaml", "--run-dir", tmp_path / "again")
     assert call("train_vjepa", *again).code == 0
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
+
+
+def test_a_step_of_images_has_as_many_as_its_clips_have_steps_in_time():
+    images = Images(np.arange(5, dtype=np.uint8).repeat(64).reshape(5, 8, 8, 1))
+    config = TrainVjepa(clips=ClipFlags(frames=8), encoder=Part("vit", {"tubelet": 2}))
+    batch = Reader(cast(Clips, None), images, config)(np.array([0, 3]), step=3)
+    assert batch["index"].tolist() == [0, 1, 2, 3, 12, 13, 14, 15]  # views of their own
+    assert batch["pixels"][:, 0, 0].tolist() == [[i % 5] * 3 for i in batch["index"].tolist()]
 
 
 def test_an_encoder_of_images_starts_one_of_videos(call, videos, pictures, tmp_path):
