@@ -73,7 +73,8 @@ class PredictFlags:
     masks: tuple[MaskKind, ...] = ("short", "long")
     """Kinds of masks that take turns: blocks of .15 of the frame, of .7, places one by one."""
     share: float = 1.0
-    """Share of the hidden tokens that is predicted: less is cheaper."""
+    """Share of the hidden tokens that is predicted: less is cheaper. Below 1 the context is drawn
+    token by token from what is no target."""
     distance: Distance = "l2"
     """Between tokens predicted and tokens to predict; V-JEPA has l1 with its teacher."""
 
