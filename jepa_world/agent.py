@@ -2,7 +2,8 @@
 
 At every step the observation is encoded, the planner minimises the summed distance between the
 latents a plan is predicted to visit and the goal's latent, the first action is executed, and the
-rest of the plan, shifted, starts the next search.
+rest of the plan, shifted, starts the next search; where the world model has a policy, what that
+would do in imagination does.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa_world.interfaces import Planner, PrefixRollout
 from jepa_world.methods.world_model import WorldModel
@@ -23,7 +24,8 @@ class Agent:
     Args:
         model: The world model; put in evaluation mode.
         planner: Any `interfaces.Planner`.
-        start: The plan that the first search of an episode starts from, `(h a)`.
+        start: The plan that the first search of an episode starts from, `(h a)`; of a model with a
+            policy, only its length counts.
         history: Past observations given to the predictor, the present one included.
         objective: What is minimised; a user's own constraints go here (`jepa_world.objectives`).
 
@@ -74,8 +76,18 @@ class Agent:
         self.z = self.z[:, -self.history :]
         self.actions = self.actions[:, self.actions.shape[1] - self.z.shape[1] + 1 :]
         self.cost = GoalCost(self.model, self.z, self.actions, self.goal, self.objective)
-        self.plan = self.planner(self.cost, self.plan)
+        start = self.plan if self.model.policy is None else self.proposed(self.model.policy)
+        self.plan = self.planner(self.cost, start)
         return self.plan[:, 0]
+
+    def proposed(self, policy: nn.Module) -> Float[Tensor, "b h a"]:
+        """Return what a policy does in imagination from here."""
+        z, actions = self.z, self.actions
+        for _ in range(len(self.start)):
+            action = policy(z[:, -1], self.goal)
+            actions = torch.cat([actions, action[:, None]], 1)
+            z = torch.cat([z, self.model.rollout(z, actions)], 1)
+        return actions[:, -len(self.start) :]
 
 
 @dataclass(frozen=True)

@@ -121,15 +121,10 @@ class TemporalDistance(nn.Module):
         discount: float = 0.95,
     ) -> None:
         super().__init__()
-        if depth < 1 or not 0 < discount < 1:
-            raise ValueError(
-                f"need a hidden layer and a discount in (0, 1), got {depth} and {discount}"
-            )
+        if not 0 < discount < 1:
+            raise ValueError(f"need a discount in (0, 1), got {discount}")
         self.discount = discount
-        layers: list[nn.Module] = [nn.Linear(3 * dim * num_tokens, width), nn.SiLU()]
-        for _ in range(depth - 1):
-            layers += [nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.layers = between_latents(dim * num_tokens, 1, width, depth)
 
     def forward(
         self,
@@ -144,6 +139,27 @@ class TemporalDistance(nn.Module):
         self, z: Float[Tensor, "*b n d"], goal: Float[Tensor, "*b n d"]
     ) -> Float[Tensor, "*b"]:
         """Return the discounted steps from each latent to its goal."""
-        here, there = z.flatten(-2), goal.expand_as(z).flatten(-2)
-        logit = self.layers(torch.cat([here, there, here - there], -1)).squeeze(-1)
+        logit = self.layers(both_and_change(z, goal)).squeeze(-1)
         return logit.float().sigmoid() / (1 - self.discount)
+
+
+def between_latents(dim: int, outputs: int, width: int, depth: int) -> nn.Sequential:
+    """Return a perceptron of what `both_and_change` gives of two latents of `dim` numbers.
+
+    Raises:
+        ValueError: no hidden layer.
+    """
+    if depth < 1:
+        raise ValueError(f"need a hidden layer, got depth {depth}")
+    layers: list[nn.Module] = [nn.Linear(3 * dim, width), nn.SiLU()]
+    for _ in range(depth - 1):
+        layers += [nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+
+def both_and_change(
+    z: Float[Tensor, "*b n d"], goal: Float[Tensor, "*b n d"]
+) -> Float[Tensor, "*b x"]:
+    """Return a latent, its goal and their difference side by side."""
+    here, there = z.flatten(-2), goal.expand_as(z).flatten(-2)
+    return torch.cat([here, there, here - there], -1)

@@ -42,6 +42,10 @@ PARTS: dict[str, dict[str, str]] = {
         "random_shooting": "jepa_world.planners.random_shooting:RandomShooting",
     },
     "cost": {"temporal": "jepa_world.objectives:TemporalDistance"},
+    "policy": {
+        "cloned": "jepa_world.methods.temporal_distance:GoalPolicy",
+        "none": "builtins:object",  # never built
+    },
     "objective": {
         "summed_distance": "jepa_world.objectives:summed_distance",
         "effort": "jepa_world.objectives:effort",

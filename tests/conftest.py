@@ -41,7 +41,7 @@ COMMANDS = [
     ("train_vjepa", "--teacher", "ema"),
     ("train_world_model",),
     ("train_world_model", "--regulariser.name", "ema"),
-    ("train_cost", "--cost.width", 16),
+    ("train_cost", "--cost.width", 16, "--policy", "cloned", "--policy.width", 16),
 ]
 
 

@@ -4,10 +4,11 @@ import torch
 import yaml
 from torch import nn
 
+from jepa_world.agent import Agent
 from jepa_world.checkpoint import load_tensors
 from jepa_world.commands.train_cost import triples
 from jepa_world.data.trajectories import Trajectories, write_shard
-from jepa_world.methods.temporal_distance import TemporalDistanceLearning
+from jepa_world.methods.temporal_distance import GoalPolicy, TemporalDistanceLearning
 from jepa_world.methods.world_model import WorldModel, load_world_model
 from jepa_world.objectives import TemporalDistance
 from jepa_world.testing import check_objective
@@ -70,7 +71,8 @@ def test_goals_lie_later_in_the_episode_and_what_is_reached_is_the_next_frame(tm
     frames = [np.full((n, 2, 2, 3), 0, np.uint8) for n in (9, 5)]
     for number, frame in enumerate(frames):
         frame += (100 * number + np.arange(len(frame), dtype=np.uint8))[:, None, None, None]
-    episodes = [{"pixels": f, "action": np.zeros((len(f), 1), np.float32)} for f in frames]
+    acts = [np.arange(len(f), dtype=np.float32)[:, None] for f in frames]
+    episodes = [{"pixels": f, "action": a} for f, a in zip(frames, acts, strict=True)]
     write_shard(tmp_path / "a.h5", episodes)
     data = Trajectories(tmp_path)
     windows = data.windows(2, 2)
@@ -82,6 +84,8 @@ def test_goals_lie_later_in_the_episode_and_what_is_reached_is_the_next_frame(tm
     assert (goals[:, :2] > here[:, None]).all() and ((goals[:, :2] - here[:, None]) % 2 == 0).all()
     assert (batch["reached"].numpy()[:, :2] == (goals[:, :2] == following[:, None])).all()
     assert not batch["reached"][:, 2:].any()
+    assert batch["later"].tolist() == [[True, True, False, False]] * len(windows)
+    assert (batch["action"] == data.read(windows, 1, 2)["action"][:, 0]).all()
 
 
 def test_the_command_leaves_the_model_as_it_was_and_agents_use_the_cost(
@@ -100,6 +104,64 @@ def test_the_command_leaves_the_model_as_it_was_and_agents_use_the_cost(
     assert call("plan", "--checkpoint", tmp_path / "run", *planned).code == 0
     refused = call("plan", "--checkpoint", tiny_run, "--objective", "learned").complaint()
     assert "the checkpoint has no cost, train_cost makes one" in refused
+
+
+def test_the_policy_learns_the_way_to_what_came_later_and_nothing_of_other_goals():
+    torch.manual_seed(0)
+    z = Circle()(torch.arange(RING).view(RING, 1, 1, 1, 1) / 255.0)[:, 0]
+    policy = GoalPolicy(2, 1, 1, width=64, depth=2)
+    model = WorldModel(Circle(), nn.Identity())
+    method = TemporalDistanceLearning(model, TemporalDistance(2, 1, width=8), policy)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    later = torch.tensor([[True, False]]).expand(128, 2)
+    for step in range(300):
+        here, steps = torch.randint(RING, (128,)), torch.randint(1, RING // 2, (128,))
+        way = torch.randint(2, (128,)) * 2 - 1
+        there = torch.stack([(here + way) % RING, (here + way * steps) % RING], 1)
+        elsewhere = torch.randint(RING, (128, 1))
+        latent = torch.cat([z[here, None], z[there], z[elsewhere]], 1)
+        batch = {"latent": latent, "reached": torch.zeros(128, 2).bool(), "later": later}
+        output = method(batch | {"action": way[:, None].float()}, step)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert output.terms["imitation"] < 0.1
+    goals = (torch.arange(RING) + 2) % RING
+    with torch.no_grad():
+        assert (policy(z, z[goals]) > 0.5).all() and (policy(z[goals], z) < -0.5).all()
+
+
+def test_searches_begin_with_what_the_policy_does_in_imagination(call, tiny_run, tiny_data, tmp_path):
+    words = ("--data", tiny_data, "--steps", 3, "--batch-size", 8, "--cost.width", 16, *NO)
+    words += ("--checkpoint", tiny_run)
+    policy = ("--policy", "cloned", "--policy.width", 16, "--run-dir", tmp_path / "run")
+    ended = call("train_cost", *words, *policy)
+    assert ended.code == 0, ended.stderr
+    model, description = load_world_model(tmp_path / "run")
+    assert description["policy"]["width"] == 16 and isinstance(model.policy, GoalPolicy)
+    starts = []
+    agent = Agent(model, lambda cost, start: starts.append(start) or start, torch.zeros(3, 2))
+    frames = torch.randint(0, 256, (2, 2, *description["observation_shape"][2:], 3)).byte()
+    agent.reset(frames[1])
+    agent.act(frames[0])
+    z, goal = model.encode(frames[:1].transpose(0, 1))[:, 0], model.encode(frames[1][:, None])[:, 0]
+    for step in range(3):
+        action = model.policy(z, goal)
+        assert torch.allclose(starts[0][:, step], action, atol=1e-5)
+        z = model.rollout(z[:, None], action[:, None])[:, 0]
+    planned = ("--episodes", 1, "--budget", 2, "--run-dir", tmp_path / "plan")
+    assert call("plan", "--checkpoint", tmp_path / "run", *planned).code == 0
+
+    again = ("--checkpoint", tmp_path / "run", "--run-dir", tmp_path / "cost")
+    assert call("train_cost", *words, *again).code == 0
+    without, _ = load_world_model(tmp_path / "cost")
+    assert without.policy is None and without.cost is not None
+
+
+def test_a_policy_of_another_shape_is_refused(call, tiny_run, tiny_data, tmp_path):
+    words = ("--checkpoint", tiny_run, "--data", tiny_data, "--policy", "torch.nn:Bilinear", *NO)
+    refused = call("train_cost", *words, "--run-dir", tmp_path / "run").complaint()
+    assert "policy 'torch.nn:Bilinear'" in refused
 
 
 def test_another_dataset_is_refused(call, tiny_run, tiny_data, tmp_path):

@@ -1,5 +1,6 @@
 """Train what a plan costs: the steps from imagined latents to the goal, on a frozen world model."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ class TrainCost(Training):
     """The network that learns the distance."""
     expectile: float = 0.1
     """0.5: the mean way that the data takes; towards 0, the shortest."""
+    policy: Part = Part("none")
+    """A network that learns beside it what the data does on the way to a goal (cloned): searches
+    then begin with its plan, and can be narrow (--planner.std 0.3)."""
     trust: tuple[str, ...] = ()
     """Packages outside jepa_world whose classes a checkpoint may name."""
     steps: int = 2000
@@ -87,11 +91,14 @@ def run(config: TrainCost) -> None:
     facts = (model.encoder.dim, model.encoder.num_tokens)
     cost = config.cost.build("cost", *facts)
     check_cost(cost, config.cost.name)
-    method = TemporalDistanceLearning(model, cost, expectile=config.expectile)
-    begin(
-        *(made, config, {**description, "cost": to_dict(config)["cost"]}),
-        *(len(windows), accelerator),
-    )
+    policy, learned = None, {"cost": to_dict(config)["cost"]}
+    if config.policy.name != "none":
+        learned["policy"] = to_dict(config)["policy"]
+        policy = config.policy.build("policy", *facts, description["action_dim"])
+        check_policy(policy, config.policy.name, *facts, description["action_dim"])
+    method = TemporalDistanceLearning(model, cost, policy, expectile=config.expectile)
+    kept = {key: value for key, value in description.items() if key != "policy"}
+    begin(made, config, kept | learned, len(windows), accelerator)
     latents = encode_once(method, store, made.folder / "features.npy", accelerator)
     if latents is not None:
         training, held_out = (part.with_latents(latents) for part in (training, held_out))
@@ -119,6 +126,22 @@ def check_cost(cost: object, name: str) -> None:
     """
     if not (isinstance(cost, nn.Module) and isinstance(cost, LearnedCost)):
         raise UserError(f"cost {name!r} is no nn.Module with `discount` and `between`")
+
+
+def check_policy(policy: object, name: str, dim: int, tokens: int, action_dim: int) -> None:
+    """Check that a network keeps the contract of a policy.
+
+    Raises:
+        UserError: it does not.
+    """
+    z, fits = torch.zeros(2, 3, tokens, dim), False
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
+        fits = isinstance(policy, nn.Module) and policy(z, z).shape == (2, 3, action_dim)
+    if not fits:
+        raise UserError(
+            f"policy {name!r} is no nn.Module that makes of two latents (b g n d) an action "
+            f"(b g {action_dim})"
+        )
 
 
 def check_frames(store: Trajectories, description: dict[str, Any]) -> None:
@@ -161,13 +184,16 @@ def triples(
     soon = np.ceil(np.log1p(-numbers[:, 0]) / np.log(discount)).clip(1, left)
     ahead = np.stack([soon, 1 + np.floor(numbers[:, 1] * left)], 1).astype(np.int64)
     anywhere = windows[np.floor(numbers[:, 2:] * len(windows)).astype(np.int64)]
-    later = rows[:, None] + stride * ahead
-    frames = np.concatenate([rows[:, None], rows[:, None] + stride, later, anywhere], 1)
+    there = rows[:, None] + stride * ahead
+    frames = np.concatenate([rows[:, None], rows[:, None] + stride, there, anywhere], 1)
     batch = data.read(frames.ravel(), 1)
+    actions = data.read(rows, 1, stride)["action"][:, 0]
     name = "latent" if "latent" in batch else "pixels"
     seen = batch[name].reshape(*frames.shape, *batch[name].shape[2:])
     reached = np.concatenate([ahead == 1, np.zeros(anywhere.shape, bool)], 1)
-    return {name: torch.from_numpy(seen), "reached": torch.from_numpy(reached)}
+    later = np.broadcast_to(np.arange(reached.shape[1]) < ahead.shape[1], reached.shape)
+    arrays = {name: seen, "reached": reached, "action": actions, "later": later}
+    return {key: torch.from_numpy(np.ascontiguousarray(x)) for key, x in arrays.items()}
 
 
 @torch.no_grad()

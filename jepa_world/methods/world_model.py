@@ -70,6 +70,7 @@ class WorldModel(nn.Module):
         distance: Between latents predicted and latents that came.
         cost: What imagined latents cost, learned after the rest (`methods.temporal_distance`);
             agents minimise it in place of the distance between latents.
+        policy: What to do on the way to a goal, learned with it: agents' searches begin there.
 
     Example:
         >>> import torch
@@ -97,11 +98,12 @@ class WorldModel(nn.Module):
         open_loop: int | None = None,
         distance: Distance = "l2",
         cost: TemporalDistance | None = None,
+        policy: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
         self.predictor: Predictor = predictor  # type: ignore[assignment]
-        self.cost = cost
+        self.cost, self.policy = cost, policy
         self.regulariser = regulariser
         self.weight = weight
         self.change = change
@@ -323,14 +325,17 @@ def load_parts(
     return encoder, build_part(description, "predictor", *facts, **words)
 
 
-def _load_cost(
+def _load_learned(
     description: dict[str, Any], encoder: Any, file: Path, trusted: tuple[str, ...]
-) -> TemporalDistance | None:
-    """Build the cost that a checkpoint's `config.yaml` describes, if it describes one."""
-    if "cost" not in description:
-        return None
-    facts = (encoder.dim, encoder.num_tokens)
-    return build_part(description, "cost", *facts, file=file, trusted=trusted)
+) -> dict[str, Any]:
+    """Build the cost and the policy that a checkpoint's `config.yaml` describes, if it does."""
+    latent = (encoder.dim, encoder.num_tokens)
+    facts = {"cost": latent, "policy": (*latent, description["action_dim"])}
+    return {
+        kind: build_part(description, kind, *known, file=file, trusted=trusted)
+        for kind, known in facts.items()
+        if kind in description
+    }
 
 
 def _checked(encoder: Any, name: str) -> Any:
@@ -362,7 +367,8 @@ def load_world_model(
         raise UserError(f"{str(folder)!r} holds the method {method!r}, expected 'world_model'")
     file = folder / "model.safetensors"
     encoder, predictor = load_parts(description, file, trusted)
-    model = WorldModel(encoder, predictor, cost=_load_cost(description, encoder, file, trusted))
+    learned = _load_learned(description, encoder, file, trusted)
+    model = WorldModel(encoder, predictor, **learned)
     tensors, _ = load_tensors(file)
     beside = {"student": description.get("regulariser") == "ema", "target": "cost" in description}
     tensors = {key: x for key, x in tensors.items() if not beside.get(key.partition(".")[0])}
