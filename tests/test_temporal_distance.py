@@ -131,7 +131,9 @@ def test_the_policy_learns_the_way_to_what_came_later_and_nothing_of_other_goals
         assert (policy(z, z[goals]) > 0.5).all() and (policy(z[goals], z) < -0.5).all()
 
 
-def test_searches_begin_with_what_the_policy_does_in_imagination(call, tiny_run, tiny_data, tmp_path):
+def test_searches_begin_with_what_the_policy_does_in_imagination(
+    call, tiny_run, tiny_data, tmp_path
+):
     words = ("--data", tiny_data, "--steps", 3, "--batch-size", 8, "--cost.width", 16, *NO)
     words += ("--checkpoint", tiny_run)
     policy = ("--policy", "cloned", "--policy.width", 16, "--run-dir", tmp_path / "run")
