@@ -82,7 +82,9 @@ class Model:
         """Return this world model with the cost that was trained for it."""
         both = self.cpu_seconds and seconds and round(self.cpu_seconds + seconds, 1)
         commands = [*self.commands, command("cost", config, path)]
-        return Model(path, self.method, f"{self.kind}, learned cost", self.config, both, commands)
+        policy = config.get("policy", {"name": "none"})["name"] != "none"
+        kind = f"{self.kind}, learned cost" + " and policy" * policy
+        return Model(path, self.method, kind, self.config, both, commands)
 
 
 @dataclass(frozen=True)

@@ -184,3 +184,8 @@ def test_a_learned_cost_is_a_row_with_the_time_and_the_commands_of_both_training
     first, second, third = (line for line in page.splitlines() if line.startswith("python "))
     assert first.startswith("python train_world_model.py") and "evaluate.py" in third
     assert second == f"python train_cost.py --seed 1 --checkpoint {base} --run-dir {cost}"
+    words += ["--policy", "cloned", "--policy.width", "16"]
+    write_yaml(cost / "config.yaml", to_dict(parse(TrainCost, words, program="train_cost")))
+    page = table.page([tmp_path / "e"])
+    assert "conv + mlp, sigreg, learned cost and policy" in table_of(page)
+    assert "--policy.name cloned --policy.width 16 --policy.depth 3" in page

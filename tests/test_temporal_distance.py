@@ -6,7 +6,9 @@ from torch import nn
 
 from jepa_world.agent import Agent
 from jepa_world.checkpoint import load_tensors
+from jepa_world.commands.plan import NARROW, Planning, narrow
 from jepa_world.commands.train_cost import triples
+from jepa_world.config import Part
 from jepa_world.data.trajectories import Trajectories, write_shard
 from jepa_world.methods.temporal_distance import GoalPolicy, TemporalDistanceLearning
 from jepa_world.methods.world_model import WorldModel, load_world_model
@@ -153,6 +155,11 @@ def test_searches_begin_with_what_the_policy_does_in_imagination(
         z = model.rollout(z[:, None], action[:, None])[:, 0]
     planned = ("--episodes", 1, "--budget", 2, "--run-dir", tmp_path / "plan")
     assert call("plan", "--checkpoint", tmp_path / "run", *planned).code == 0
+    assert narrow(Planning()).planner == Part("cem", {"std": NARROW})
+    wide = Planning(planner=Part("icem", {"std": 1.0, "samples": 9}))
+    assert (
+        narrow(wide) == wide and narrow(shot := Planning(planner=Part("random_shooting"))) == shot
+    )
 
     again = ("--checkpoint", tmp_path / "run", "--run-dir", tmp_path / "cost")
     assert call("train_cost", *words, *again).code == 0

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from jepa_world.search import SingleActions
 from jepa_world.testing import check_objective, check_planner
 
 LEARNED = "learned"  # the name of the objective that a checkpoint holds
+NARROW = 0.3  # deviation of a search around a policy's plan, in units of half the action range
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
@@ -251,12 +252,23 @@ def make_agents(
     config: Planning, env: gym.Env[Any, Any], model: WorldModel
 ) -> Callable[[int], Agent]:
     """Return what makes the agent of an episode, from the seed of its start and goal."""
-    build, start = make_planners(config, env)
+    build, start = make_planners(config if model.policy is None else narrow(config), env)
     objective = make_objective(config.objective, model)
     check_objective(objective, model.encoder.num_tokens, model.encoder.dim, *start.shape)
     return lambda seed: Agent(
         model, build(seed), start, history=config.history, objective=objective
     )
+
+
+def narrow(config: Planning) -> Planning:
+    """Return the configuration with a search that stays near where it begins, unless it says how.
+
+    A wide search from a policy's plan leaves what the data did, and the model's errors show.
+    """
+    name, options = config.planner.name, config.planner.options
+    if "std" not in [option.name for option in part_options("planner", name)]:
+        return config
+    return replace(config, planner=Part(name, {"std": NARROW, **options}))
 
 
 def make_objective(terms: Sequence[str] | None, model: WorldModel) -> Objective:
