@@ -38,7 +38,7 @@ from jepa_world.search import SingleActions
 from jepa_world.testing import check_objective, check_planner
 
 LEARNED = "learned"  # the name of the objective that a checkpoint holds
-NARROW = 0.3  # deviation of a search around a policy's plan, in units of half the action range
+NARROW = 0.15  # deviation of a search around a policy's plan, in units of half the action range
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
 

@@ -52,7 +52,7 @@ class TrainCost(Training):
     """0.5: the mean way that the data takes; towards 0, the shortest."""
     policy: Part = Part("none")
     """A network that learns beside it what the data does on the way to a goal (cloned): searches
-    then begin with its plan, and can be narrow (--planner.std 0.3)."""
+    then begin with its plan, and are narrow (--planner.std 0.15)."""
     trust: tuple[str, ...] = ()
     """Packages outside jepa_world whose classes a checkpoint may name."""
     steps: int = 2000
