@@ -155,11 +155,11 @@ def test_searches_begin_with_what_the_policy_does_in_imagination(
         z = model.rollout(z[:, None], action[:, None])[:, 0]
     planned = ("--episodes", 1, "--budget", 2, "--run-dir", tmp_path / "plan")
     assert call("plan", "--checkpoint", tmp_path / "run", *planned).code == 0
-    assert narrow(Planning()).planner == Part("cem", {"std": NARROW})
-    wide = Planning(planner=Part("icem", {"std": 1.0, "samples": 9}))
-    assert (
-        narrow(wide) == wide and narrow(shot := Planning(planner=Part("random_shooting"))) == shot
-    )
+    told = yaml.safe_load((tmp_path / "plan" / "config.yaml").read_text())["planner"]
+    asked = Planning(planner=Part(told.pop("name"), told))
+    assert narrow(asked).planner.options == {**told, "std": NARROW}
+    for planner in (Part("icem", {"std": 0.9, "samples": 9}), Part("random_shooting")):
+        assert narrow(Planning(planner=planner)).planner == planner
 
     again = ("--checkpoint", tmp_path / "run", "--run-dir", tmp_path / "cost")
     assert call("train_cost", *words, *again).code == 0

@@ -263,12 +263,14 @@ def make_agents(
 def narrow(config: Planning) -> Planning:
     """Return the configuration with a search that stays near where it begins, unless it says how.
 
-    A wide search from a policy's plan leaves what the data did, and the model's errors show.
+    A wide search from a policy's plan leaves what the data did, and the model's errors show. The
+    planner's own default counts as nothing said.
     """
     name, options = config.planner.name, config.planner.options
-    if "std" not in [option.name for option in part_options("planner", name)]:
+    usual = {option.name: option.default for option in part_options("planner", name)}
+    if "std" not in usual or options.get("std", usual["std"]) != usual["std"]:
         return config
-    return replace(config, planner=Part(name, {"std": NARROW, **options}))
+    return replace(config, planner=Part(name, {**options, "std": NARROW}))
 
 
 def make_objective(terms: Sequence[str] | None, model: WorldModel) -> Objective:
