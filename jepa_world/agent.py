@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
-from jepa_world.interfaces import Planner, PrefixRollout
+from jepa_world.interfaces import LatentPolicy, Planner, PrefixRollout
 from jepa_world.methods.world_model import WorldModel
 from jepa_world.objectives import Objective, summed_distance
 
@@ -80,7 +80,7 @@ class Agent:
         self.plan = self.planner(self.cost, start)
         return self.plan[:, 0]
 
-    def proposed(self, policy: nn.Module) -> Float[Tensor, "b h a"]:
+    def proposed(self, policy: LatentPolicy) -> Float[Tensor, "b h a"]:
         """Return what a policy does in imagination from here."""
         z, actions = self.z, self.actions
         for _ in range(len(self.start)):

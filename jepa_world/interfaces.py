@@ -170,6 +170,20 @@ class LearnedCost(Protocol):
 
 
 @runtime_checkable
+class LatentPolicy(Protocol):
+    """What `train_cost.py --policy` trains: `MyPolicy(dim, num_tokens, action_dim, *, ...)`.
+
+    An `nn.Module`; `methods.temporal_distance.GoalPolicy` is one. An action holds all of a step's.
+    """
+
+    def __call__(
+        self, z: Float[Tensor, "*b n d"], goal: Float[Tensor, "*b n d"]
+    ) -> Float[Tensor, "*b a"]:
+        """Return what to do at each latent on the way to its goal's."""
+        ...
+
+
+@runtime_checkable
 class Planner(Protocol):
     """Minimise a cost over actions: `MyPlanner(low, high, horizon, *, ...)`.
 
@@ -190,7 +204,7 @@ class Planner(Protocol):
     """
 
     def __call__(self, cost: Cost, start: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
-        """Return the best plan found around `start` (zeros, or the last plan shifted)."""
+        """Return the best plan found around `start`: zeros, the last plan shifted, a policy's."""
         ...
 
 
