@@ -45,6 +45,11 @@ COMMANDS = [
 ]
 
 
+def pytest_runtest_setup() -> None:
+    """Draw the same numbers in every run, whatever ran before in this process."""
+    torch.manual_seed(0)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""
