@@ -7,8 +7,8 @@
 `items`: every image of the training part in one motion, and half of the test part: OUT/train and
 OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `frames`: a frame of every video
 of the training part as a picture, for `train_vjepa.py --clips.images OUT`. `windows`: a window at
-every fifth frame (`--every`), test episodes apart, with joint angles (cosines and sines) and joint
-rates (rad/s) at the last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data
+every fifth frame (`--every`), test episodes apart, with `info["proprio"]` and the rates of the joints
+(rad/s, m/s) at the last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data
 OUT` take items and windows.
 """
 
@@ -56,9 +56,10 @@ def lay_out_windows(source: Path, folder: Path, every: int) -> None:
         ("train", "test"), Trajectories(source, columns=columns).split(0.2), strict=True
     ):
         first = part.windows(FRAMES)[::every]
-        joints = part.read(first[:1], FRAMES)["state"].shape[-1] // 2
+        sizes = {key: part.read(first[:1], FRAMES)[key].shape[-1] for key in columns[1:]}
+        joints = sizes["state"] // 2
         heads = [f"rate{i}" for i in range(joints)]
-        heads += [f"{f}{i}" for i in range(joints) for f in ("cos", "sin")]
+        heads += [f"proprio{i}" for i in range(sizes["proprio"])]
         rows: list[list[object]] = [["path", *heads]]
         for number, window in enumerate(tqdm(first, f"writing {name}")):
             batch = part.read(np.array([window]), FRAMES)
