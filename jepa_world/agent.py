@@ -81,27 +81,13 @@ class Agent:
         return self.plan[:, 0]
 
     def proposed(self, policy: LatentPolicy) -> Float[Tensor, "b h a"]:
-        """Return the best of what a policy does in imagination from here.
-
-        One plan begins with each of its ways, and goes on with what is likeliest.
-        """
-        first, _ = policy(self.z[:, -1], self.goal)
-        ways = first.shape[1]
-        goal, z, actions = (
-            repeat(x, "b ... -> (b k) ...", k=ways) for x in (self.goal, self.z, self.actions)
-        )
-        action = first.flatten(0, 1)
+        """Return what a policy does in imagination from here."""
+        z, actions = self.z, self.actions
         for _ in range(len(self.start)):
+            action = policy(z[:, -1], self.goal)
             actions = torch.cat([actions, action[:, None]], 1)
             z = torch.cat([z, self.model.rollout(z, actions)], 1)
-            choices, logits = policy(z[:, -1], goal)
-            action = choices[torch.arange(len(choices)), logits.argmax(1)]
-        plans, imagined = (
-            rearrange(x[:, -len(self.start) :], "(b k) h ... -> b k h ...", k=ways)
-            for x in (actions, z)
-        )
-        best = self.cost.score(imagined, plans).argmin(1)
-        return plans[torch.arange(len(best)), best]
+        return actions[:, -len(self.start) :]
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,8 @@ class LatentPolicy(Protocol):
 
     def __call__(
         self, z: Float[Tensor, "*b n d"], goal: Float[Tensor, "*b n d"]
-    ) -> tuple[Float[Tensor, "*b k a"], Float[Tensor, "*b k"]]:
-        """Return k things to do at each latent on the way to its goal's, and logits of the k."""
+    ) -> Float[Tensor, "*b a"]:
+        """Return what to do at each latent on the way to its goal's."""
         ...
 
 

@@ -4,15 +4,15 @@ import torch
 import yaml
 from torch import nn
 
-from jepa_world.agent import Agent, GoalCost
+from jepa_world.agent import Agent
 from jepa_world.checkpoint import load_tensors
 from jepa_world.commands.plan import NARROW, Planning, narrow
 from jepa_world.commands.train_cost import triples
 from jepa_world.config import Part
 from jepa_world.data.trajectories import Trajectories, write_shard
-from jepa_world.methods.temporal_distance import GoalPolicy, TemporalDistanceLearning, nearest_way
+from jepa_world.methods.temporal_distance import GoalPolicy, TemporalDistanceLearning
 from jepa_world.methods.world_model import WorldModel, load_world_model
-from jepa_world.objectives import TemporalDistance, summed_distance
+from jepa_world.objectives import TemporalDistance
 from jepa_world.testing import check_objective
 
 RING = 8
@@ -131,57 +131,7 @@ def test_the_policy_learns_the_way_to_what_came_later_and_nothing_of_other_goals
     assert imitation < 0.1
     goals = (torch.arange(RING) + 2) % RING
     with torch.no_grad():
-        assert (policy(z, z[goals])[0] > 0.5).all() and (policy(z[goals], z)[0] < -0.5).all()
-
-
-def test_a_policy_of_several_ways_tells_them_apart_where_their_mean_stands_still():
-    """Half of the data goes one way, half the other: one way is the mean, two are these."""
-    torch.manual_seed(0)
-    z = torch.zeros(64, 1, 1, 2)
-    actions, told = torch.ones(64, 3) * torch.tensor([1.0, -1.0]).repeat(32)[:, None], {}
-    batch = {"latent": z.expand(-1, 3, -1, -1), "reached": torch.zeros(64, 1).bool()}
-    batch |= {"later": torch.ones(64, 1).bool(), "action": actions}
-    for ways in (1, 2):
-        policy = GoalPolicy(2, 1, 3, width=16, depth=1, ways=ways)
-        model = WorldModel(Circle(), nn.Identity())
-        method = TemporalDistanceLearning(model, TemporalDistance(2, 1, width=8), policy)
-        optimizer = torch.optim.Adam(policy.parameters(), lr=3e-2)
-        for step in range(100):
-            optimizer.zero_grad()
-            method(batch, step).loss.backward()
-            optimizer.step()
-        told[ways], logits = (x.detach() for x in policy(z[0], z[0]))
-        assert logits.softmax(-1) == pytest.approx(torch.full((1, ways), 1 / ways), abs=0.05)
-    assert told[1] == pytest.approx(torch.zeros(1, 1, 3), abs=0.1)
-    assert told[2].sort(1).values[0] == pytest.approx(
-        torch.tensor([[-1.0] * 3, [1.0] * 3]), abs=0.1
-    )
-    with pytest.raises(ValueError, match="need a way"):
-        GoalPolicy(2, 1, 3, ways=0)
-
-
-def test_the_error_of_one_way_is_the_mean_square():
-    errors = torch.rand(5, 1, 4)
-    assert nearest_way(errors, torch.zeros(5, 1)) == pytest.approx(float(errors.mean()))
-
-
-def test_an_agent_begins_with_the_best_of_the_ways():
-    """On a line, a policy goes up or down; the goal is below."""
-
-    class EitherWay(nn.Module):
-        def forward(self, z, goal):
-            up = torch.ones(*z.shape[:-2], 1, 1)
-            return torch.cat([up, -up], -2), torch.tensor([1.0, 0.0]).expand(*z.shape[:-2], 2)
-
-    class Line(nn.Module):
-        def rollout(self, z, actions):
-            return z[:, -1:] + actions[:, -1:, None]
-
-    agent = Agent(Line(), None, torch.zeros(2, 1))
-    agent.z, agent.goal = torch.zeros(3, 1, 1, 1), torch.tensor([[[-5.0]], [[5.0]], [[-5.0]]])
-    agent.actions = torch.zeros(3, 0, 1)
-    agent.cost = GoalCost(agent.model, agent.z, agent.actions, agent.goal, summed_distance)
-    assert agent.proposed(EitherWay())[..., 0].tolist() == [[-1, 1], [1, 1], [-1, 1]]
+        assert (policy(z, z[goals]) > 0.5).all() and (policy(z[goals], z) < -0.5).all()
 
 
 def test_searches_begin_with_what_the_policy_does_in_imagination(
@@ -201,7 +151,7 @@ def test_searches_begin_with_what_the_policy_does_in_imagination(
     agent.act(frames[0])
     z, goal = model.encode(frames[:1].transpose(0, 1))[:, 0], model.encode(frames[1][:, None])[:, 0]
     for step in range(3):
-        action = model.policy(z, goal)[0][:, 0]
+        action = model.policy(z, goal)
         assert torch.allclose(starts[0][:, step], action, atol=1e-5)
         z = model.rollout(z[:, None], action[:, None])[:, 0]
     planned = ("--episodes", 1, "--budget", 2, "--run-dir", tmp_path / "plan")

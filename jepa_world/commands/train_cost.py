@@ -136,14 +136,11 @@ def check_policy(policy: object, name: str, dim: int, tokens: int, action_dim: i
     """
     z, fits = torch.zeros(2, 3, tokens, dim), False
     with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
-        if isinstance(policy, nn.Module):
-            actions, logits = policy(z, z)
-            ways = logits.shape[-1]
-            fits = logits.ndim == 3 and actions.shape == (2, 3, ways, action_dim)
+        fits = isinstance(policy, nn.Module) and policy(z, z).shape == (2, 3, action_dim)
     if not fits:
         raise UserError(
-            f"policy {name!r} is no nn.Module that makes of two latents (b g n d) actions "
-            f"(b g k {action_dim}) and their logits (b g k)"
+            f"policy {name!r} is no nn.Module that makes of two latents (b g n d) an action "
+            f"(b g {action_dim})"
         )
 
 

@@ -29,11 +29,10 @@ from jepa_world.objectives import TemporalDistance, between_latents, both_and_ch
 
 
 class GoalPolicy(nn.Module):
-    """What to do at a latent on the way to a goal's: what the data did, in one way or several.
+    """What to do at a latent on the way to a goal's: the mean of what the data did.
 
     It sees latents of a world model, so it can act in imagination: an agent's search begins with
-    the best plan that it makes there. With one way it gives the mean of what the data did, which
-    may be to stand still where the data went round an obstacle on either side.
+    the plan that it makes there.
 
     Args:
         dim: Width of a latent token.
@@ -41,44 +40,27 @@ class GoalPolicy(nn.Module):
         action_dim: Numbers of an action, all of a step's.
         width: Units of a hidden layer.
         depth: Number of hidden layers.
-        ways: Actions it tells apart, each with a likelihood.
 
     Raises:
-        ValueError: no hidden layer, or no way.
+        ValueError: no hidden layer.
 
     Example:
-        >>> policy = GoalPolicy(32, 1, 2, ways=8)
-        >>> actions, logits = policy(torch.zeros(5, 1, 32), torch.ones(5, 1, 32))
-        >>> actions.shape, logits.shape
-        (torch.Size([5, 8, 2]), torch.Size([5, 8]))
+        >>> policy = GoalPolicy(32, 1, 2)
+        >>> policy(torch.zeros(5, 1, 32), torch.ones(5, 1, 32)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_tokens: int,
-        action_dim: int,
-        *,
-        width: int = 512,
-        depth: int = 3,
-        ways: int = 1,
+        self, dim: int, num_tokens: int, action_dim: int, *, width: int = 512, depth: int = 3
     ) -> None:
         super().__init__()
-        if ways < 1:
-            raise ValueError(f"need a way, got {ways}")
-        self.ways = ways
-        outputs = ways * action_dim + (ways if ways > 1 else 0)
-        self.layers = between_latents(dim * num_tokens, outputs, width, depth)
+        self.layers = between_latents(dim * num_tokens, action_dim, width, depth)
 
     def forward(
         self, z: Float[Tensor, "*b n d"], goal: Float[Tensor, "*b n d"]
-    ) -> tuple[Float[Tensor, "*b k a"], Float[Tensor, "*b k"]]:
-        """Return the actions of a step, one for each way, and the logits of the ways."""
-        told = self.layers(both_and_change(z, goal))
-        if self.ways == 1:
-            return told.unsqueeze(-2), torch.zeros_like(told[..., :1])
-        logits, actions = told[..., : self.ways], told[..., self.ways :]
-        return actions.unflatten(-1, (self.ways, -1)), logits
+    ) -> Float[Tensor, "*b a"]:
+        """Return the actions of a step."""
+        return self.layers(both_and_change(z, goal))
 
 
 class TemporalDistanceLearning(nn.Module):
@@ -150,9 +132,8 @@ class TemporalDistanceLearning(nn.Module):
         loss = scale * ((weight * (aim - estimate).square()).mean() + 0.2 * at_goal.square().mean())
         terms = {"temporal": loss.detach(), "distance": estimate.detach().mean()}
         if self.policy is not None:
-            actions, logits = self.policy(here, goals)
-            errors = (actions - batch["action"][:, None, None]).square()[batch["later"]]
-            imitation = nearest_way(errors.float(), logits[batch["later"]].float())
+            error = self.policy(here, goals) - batch["action"].unsqueeze(1)
+            imitation = error[batch["later"]].square().mean()
             loss, terms = loss + imitation, {**terms, "imitation": imitation.detach()}
         return Output(loss, terms, rearrange(z[:, 0], "b n d -> (b n) d"))
 
@@ -170,21 +151,3 @@ class TemporalDistanceLearning(nn.Module):
     ) -> Float[Tensor, "b g"]:
         ahead = self.target.between(following, goals).masked_fill(reached, 0.0)
         return 1 + self.cost.discount * ahead
-
-
-def nearest_way(
-    errors: Float[Tensor, "b k a"], logits: Float[Tensor, "b k"], *, deviation: float = 0.4
-) -> Float[Tensor, ""]:
-    """Return the squared error of the actions, mostly that of the nearest way.
-
-    It is the negative logarithm of a mixture of Gaussians of one deviation, in units in which that
-    of a single way is the mean of its squared errors.
-
-    Args:
-        errors: Squared errors of every way.
-        logits: Of the ways.
-        deviation: Of an action about its way, of a range of -1 to 1.
-    """
-    unit = 2 * deviation**2
-    likelihoods = logits.log_softmax(-1) - errors.sum(-1) / unit
-    return -unit * likelihoods.logsumexp(-1).mean() / errors.shape[-1]
