@@ -7,7 +7,7 @@
 `items`: every image of the training part in one motion, and half of the test part: OUT/train and
 OUT/test, mp4 files and `clips.csv` with `motion` and `content`. `frames`: a frame of every video
 of the training part as a picture, for `train_vjepa.py --clips.images OUT`. `windows`: a window at
-every fifth frame (`--every`), test episodes apart, with `info["proprio"]` and the rates of the joints
+every fifth frame (`--every`), test episodes apart, with `info["proprio"]` and the joints' rates
 (rad/s, m/s) at the last frame as numbers. `train_vjepa.py --data OUT` and `probe_video.py --data
 OUT` take items and windows.
 """
