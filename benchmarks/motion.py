@@ -56,10 +56,10 @@ def lay_out_windows(source: Path, folder: Path, every: int) -> None:
         ("train", "test"), Trajectories(source, columns=columns).split(0.2), strict=True
     ):
         first = part.windows(FRAMES)[::every]
-        sizes = {key: part.read(first[:1], FRAMES)[key].shape[-1] for key in columns[1:]}
-        joints = sizes["state"] // 2
+        shown = part.read(first[:1], FRAMES)
+        joints = shown["state"].shape[-1] // 2
         heads = [f"rate{i}" for i in range(joints)]
-        heads += [f"proprio{i}" for i in range(sizes["proprio"])]
+        heads += [f"proprio{i}" for i in range(shown["proprio"].shape[-1])]
         rows: list[list[object]] = [["path", *heads]]
         for number, window in enumerate(tqdm(first, f"writing {name}")):
             batch = part.read(np.array([window]), FRAMES)
