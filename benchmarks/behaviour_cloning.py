@@ -33,7 +33,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from jepa_world.checkpoint import build_part, find_checkpoint, load_weights, observation_shape
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.commands.evaluate import play, random_policies, summary
 from jepa_world.commands.plan import Planning, budget_of, open_env, tolerance_of
 from jepa_world.commands.train_world_model import collect_default
@@ -152,7 +152,7 @@ class Pairs:
 
 def train_policy(config: Train) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
-    use_one_thread()
+    prepare_process()
     require_at_least(config, width=1, depth=1, steps=1, batch_size=2, log_every=1)
     require_at_least(config, lr=0, weight_decay=0, seed=0, checkpoint_every=1)
     made = Run.of("behaviour_cloning", config.run_dir)
@@ -242,7 +242,7 @@ def load(path: Path) -> tuple[Cloned, dict[str, Any]]:
 
 def evaluate_policies(config: Evaluate) -> None:
     """Measure, and leave results.json in the run folder."""
-    use_one_thread()
+    prepare_process()
     require_at_least(config, episodes=1, seed=0)
     if not config.policy:
         raise UserError("--policy names no run folder of a policy: train one")

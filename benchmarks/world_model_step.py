@@ -3,10 +3,11 @@
 Every row is configs/world_reach.yaml with its words, in float32 on one thread: CPU time of a step,
 its batch at hand (the median of some, the least of the rounds), to that of the first row in the
 same run; and of a plan of `plan.py`'s defaults by the untrained model. Frames are random: costs do
-not depend on them.
+not depend on them. Freed memory is kept, as commands keep it, unless `--returned` says otherwise.
 """
 
 import argparse
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from jepa_world import Agent
 from jepa_world.commands.plan import Planning
 from jepa_world.commands.train_world_model import TrainWorldModel, build_method
 from jepa_world.config import parse, to_dict
+from jepa_world.memory import keep_freed_memory
 from jepa_world.methods.world_model import WorldModel
 from jepa_world.planners.cem import CEM
 
@@ -40,8 +42,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help=", ".join(ROWS))
     parser.add_argument("--size", type=int, default=64, help="side of a frame")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--returned", action="store_true", help="freed memory to the system")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if not arguments.returned:
+        keep_freed_memory()
     configs = {name: config_of(ROWS[name]) for name in arguments.rows}
     times: dict[str, list[float]] = {name: [] for name in configs}
     for _ in range(arguments.rounds):
@@ -58,6 +63,8 @@ def main() -> None:
         plan = 1000 * plan_seconds(model, arguments.size)
         cells = [f"{count:,}", f"{1000 * seconds:.0f}", f"{seconds / first:.2f}", f"{plan:.0f}"]
         print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"\npeak memory of all {peak / 1024:.0f} MB")
 
 
 def config_of(words: str) -> TrainWorldModel:

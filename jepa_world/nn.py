@@ -194,6 +194,13 @@ class MLP(nn.Sequential):
             nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out or dim)
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Map each vector by itself; without gradient the GELU needs no memory of its own."""
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        first, _, dropout, last = self
+        return last(dropout(torch.ops.aten.gelu_(first(x))))
+
 
 class Block(nn.Module):
     """Pre-LayerNorm transformer block (https://arxiv.org/abs/2010.11929, equations 2 and 3).

@@ -136,10 +136,12 @@ class LeWorldModelPredictor(nn.Module):
         return torch.stack(latents[known:])
 
     def _modulation_by_block(self, action: Tensor) -> list[Tensor]:
-        """Return `modulation` of the actions, each block's in memory of its own."""
+        """Return `modulation` of the actions, 1 + scale in the place of scale, block by block."""
         *embed, all_blocks = self.modulation
         condition, all_blocks = nn.Sequential(*embed)(action), cast(nn.Linear, all_blocks)
-        weights, biases = (part.chunk(len(self.blocks)) for part in all_blocks.parameters())
+        one = all_blocks.bias.new_tensor([0, 1, 0, 0, 1, 0]).repeat(len(self.blocks))
+        bias = all_blocks.bias + one.repeat_interleave(len(all_blocks.bias) // len(one))
+        weights, biases = (part.chunk(len(self.blocks)) for part in (all_blocks.weight, bias))
         return [F.linear(condition, *part) for part in zip(weights, biases, strict=True)]
 
     def _window(self, z: Tensor, modulation: Tensor) -> Tensor:
@@ -194,15 +196,15 @@ class _Block(nn.Module):
     ) -> tuple[Tensor, _Kept]:
         """Return the last `needed` of new tokens `(l b d)`, and what is kept of the window.
 
-        Equal to `forward` of the whole window, without dropout.
+        Equal to `forward` of the whole window, without dropout; scales have 1 added already.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
-        y = self.norm1(torch.addcmul(shift1, self.plain(x), 1 + scale1))
+        y = self.norm1(torch.addcmul(shift1, self.plain(x), scale1))
         y, kept = self._attend_relative(y, alone, kept, needed)
         last = (x, gate1, shift2, scale2, gate2)
         x, gate1, shift2, scale2, gate2 = (part[-needed:] for part in last)
         x = torch.addcmul(x, gate1, y)
-        y = self.norm2(torch.addcmul(shift2, self.plain(x), 1 + scale2))
+        y = self.norm2(torch.addcmul(shift2, self.plain(x), scale2))
         return torch.addcmul(x, gate2, self.mlp(y)), kept
 
     def _attend_relative(
@@ -238,9 +240,9 @@ def _attend(
 
     Written out: among three tokens torch's attention takes four times as long.
     """
-    scores = torch.stack([torch.linalg.vecdot(q, key) for key in keys], -1)
-    weights = F.pad(scores * q.shape[-1] ** -0.5, (1, 0)).softmax(-1)[..., 1:, None]
-    seen = weights[..., 0, :] * values[0]
-    for index, value in enumerate(values[1:], 1):
-        seen = torch.addcmul(seen, weights[..., index, :], value)
+    scores = [torch.zeros_like(q[..., 0]), *(torch.linalg.vecdot(q, key) for key in keys)]
+    weights = (torch.stack(scores) * q.shape[-1] ** -0.5).softmax(0)[1:, ..., None]
+    seen = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        seen = torch.addcmul(seen, weight, value)
     return seen

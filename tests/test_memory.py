@@ -1,7 +1,10 @@
-"""What saves memory changes no number: blocks that compute again."""
+"""What saves memory changes no number; freed memory that is kept is not cleared again."""
 
 import copy
 import json
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -160,3 +163,28 @@ def test_batch_norm_beside_blocks_counts_its_batch_once():
     z = encoder["vit"](torch.rand(4, 1, *SHAPE[1:]))
     encoder["norm"](z.flatten(0, 2)).square().mean().backward()
     assert encoder["norm"].num_batches_tracked == 1
+
+
+FAULTS = """
+import resource, sys
+import torch
+from jepa_world.memory import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for count in range(30):
+    if count == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    part = torch.zeros(10_000_000)
+    del part
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_freed_memory_is_kept():
+    found = {
+        how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True))
+        for how in ("kept", "returned")
+    }
+    assert found["kept"] < 1000 < 20_000 < found["returned"], found

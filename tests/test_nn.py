@@ -5,6 +5,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from jepa_world.nn import (
+    MLP,
     AdaLNBlock,
     Attention,
     BatchNorm,
@@ -192,3 +193,14 @@ def test_batch_norm_on_two_processes_equals_one(tmp_path):
         torch.testing.assert_close(torch.cat([p[index] for p in parts]), one[index])
     for part in parts:  # parameter gradients and running statistics, the same everywhere
         torch.testing.assert_close(part[2:], one[2:])
+
+
+def test_a_perceptron_is_the_same_without_gradient_and_leaves_its_input():
+    perceptron, x = MLP(8, 16, dropout=0.5).eval(), torch.randn(4, 8)
+    kept, expected = x.clone(), perceptron(x)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert torch.equal(perceptron(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert perceptron(x).dtype == torch.bfloat16
+    assert torch.equal(x, kept)

@@ -98,9 +98,15 @@ def _probe_of(arguments: list[str]) -> str:
     return "probe"
 
 
-def use_one_thread() -> None:
-    """Use one torch thread unless OMP_NUM_THREADS says otherwise: the fastest for small nets."""
+def prepare_process() -> None:
+    """Keep freed memory; use one torch thread, the fastest for small nets.
+
+    OMP_NUM_THREADS, where it is set, says how many threads instead.
+    """
     import torch
 
+    from jepa_world.memory import keep_freed_memory
+
+    keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import gymnasium as gym
 from tqdm import tqdm
 
 from jepa_world.agent import Agent
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.commands.plan import (
     Planning,
     budget_of,
@@ -59,7 +59,7 @@ class Evaluate(Planning):
 
 def run(config: Evaluate) -> None:
     """Measure, and leave results.json in the run folder."""
-    use_one_thread()
+    prepare_process()
     made = Run.of("evaluate", config.run_dir)
     require_at_least(config, episodes=1, horizon=1, history=1, seed=0)
     sources = config.checkpoint or (shipped(config.env),)

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 import jepa_world
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.config import Part, to_dict
 from jepa_world.data.files import BAD_SHARE, Skipped, naming_lost_readers
 from jepa_world.data.images import (
@@ -76,7 +76,7 @@ def train_on_images(
         own: What the method adds to the description beside encoder and image size.
         draw: Leaves pictures of a method and held-out images in the run folder.
     """
-    use_one_thread()
+    prepare_process()
     made = Run.of(command, config.run_dir)
     accelerator = make_accelerator(
         *(config.precision, config.loop.log_with, made.folder),

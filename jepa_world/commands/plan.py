@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jepa_world import envs
 from jepa_world.agent import Agent
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.config import Part, part_options, require_at_least
 from jepa_world.envs.ahead import GoalsAhead
 from jepa_world.envs.blocks import ActionBlocks
@@ -88,7 +88,7 @@ class Plan(Planning):
 
 def run(config: Plan) -> None:
     """Plan, and leave results.json, plan.mp4, plan.png and report.html in the run folder."""
-    use_one_thread()
+    prepare_process()
     made = Run.of("plan", config.run_dir)
     require_at_least(config, episodes=1, horizon=1, history=1, seed=0)
     source = config.checkpoint or shipped(config.env)

@@ -20,7 +20,7 @@ from jepa_world.checkpoint import (
     load_state,
     observation_shape,
 )
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.config import Part, read_yaml, require_at_least
 from jepa_world.data.augmentation import Augmentation, random_numbers
 from jepa_world.data.images import Images, hold_out, load_images
@@ -85,7 +85,7 @@ class Probe:
 
 def run(config: Probe) -> None:
     """Probe; leave results.json and pictures in the run folder."""
-    use_one_thread()
+    prepare_process()
     require_at_least(config, supervised_steps=0, cells=1, k=1, draws=1, seed=0, image_size=8)
     made = Run.of("probe", config.run_dir)
     training, test = load_images(config.data, size=config.image_size)

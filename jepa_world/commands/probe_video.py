@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.commands.probe import load_encoder
 from jepa_world.commands.train_vjepa import DEFAULT, load_parts, middles, some, write_default
 from jepa_world.config import Part, require_at_least
@@ -71,7 +71,7 @@ class ProbeVideo:
 
 def run(config: ProbeVideo) -> None:
     """Probe; leave results.json in the run folder."""
-    use_one_thread()
+    prepare_process()
     require_at_least(config, frames=1, size=8, at_most=20, supervised_steps=0, seed=0)
     made = Run.of("probe_video", config.run_dir)
     if config.data == DEFAULT:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa_world.checkpoint import find_checkpoint
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.commands.collect import STATE_COLUMNS, play
 from jepa_world.commands.plan import Planning, open_env, shipped, stride_of
 from jepa_world.config import require_at_least
@@ -77,7 +77,7 @@ class ProbeWorldModel:
 
 def run(config: ProbeWorldModel) -> None:
     """Probe; leave results.json and pictures in the run folder."""
-    use_one_thread()
+    prepare_process()
     require_at_least(config, episodes=4, moments=2, history=1, horizon=1, decoder_steps=0, seed=0)
     made = Run.of("probe_world_model", config.run_dir)
     source = config.checkpoint or shipped(config.env or "reach")

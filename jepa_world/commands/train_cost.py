@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.commands.plan import shipped
 from jepa_world.commands.train_world_model import collect_default, encode_once
 from jepa_world.config import Part, require_at_least, to_dict
@@ -63,7 +63,7 @@ class TrainCost(Training):
 
 def run(config: TrainCost) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
-    use_one_thread()
+    prepare_process()
     require_at_least(config, steps=1, batch_size=2, log_every=1, checkpoint_every=1)
     require_at_least(config, lr=0, weight_decay=0, seed=0, bad_share=0)
     if not 0 < config.expectile < 1:

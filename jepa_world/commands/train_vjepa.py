@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import jepa_world
 from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.commands.image_training import open_shards
 from jepa_world.commands.train_ijepa import MOMENTUM, check_objective
 from jepa_world.config import Part, require_at_least, to_dict
@@ -118,7 +118,7 @@ class TrainVjepa(Training):
 
 def run(config: TrainVjepa) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
-    use_one_thread()
+    prepare_process()
     check(config)
     made = Run.of("train_vjepa", config.run_dir)
     accelerator = make_accelerator(

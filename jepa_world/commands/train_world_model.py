@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import jepa_world
 from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
-from jepa_world.commands import use_one_thread
+from jepa_world.commands import prepare_process
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
 from jepa_world.data.files import BAD_SHARE
@@ -104,7 +104,7 @@ class TrainWorldModel(Training):
 
 def run(config: TrainWorldModel) -> None:
     """Train; leave config.yaml, metrics.jsonl, results.json and checkpoint/ in the run folder."""
-    use_one_thread()
+    prepare_process()
     require_at_least(config, frames=2, steps=1, batch_size=2, log_every=1)
     require_at_least(config, lr=0, weight_decay=0, seed=0, checkpoint_every=1, bad_share=0)
     check_steps_ahead(config)
