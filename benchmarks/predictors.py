@@ -49,6 +49,7 @@ from jepa_world.evaluation import (
     success_end,
     unsolved_seeds,
 )
+from jepa_world.memory import keep_freed_memory
 from jepa_world.methods.vjepa2_ac import VJEPA2AC
 from jepa_world.methods.world_model import WorldModel
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/predictors"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     collect_default(DATA)
     for section in arguments.sections:
         folder = arguments.runs / section
