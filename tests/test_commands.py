@@ -14,6 +14,7 @@ from PIL import Image
 
 from jepa_world.checkpoint import load_tensors, save_tensors, write_yaml
 from jepa_world.config import read_yaml
+from jepa_world.data.trajectories import Trajectories
 from jepa_world.data.video import read_video, video_times
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,6 +140,26 @@ def test_evaluate_and_plan_agree_on_the_same_episodes(planned, evaluated):
     assert results_of(planned)["seeds"] == results_of(evaluated)["seeds"]
     other = next(iter(results_of(evaluated)["final_distances"].values()))
     assert results_of(planned)["final_distances"] == other
+
+
+def test_recorded_episodes_are_those_evaluated_and_are_trained_on(
+    evaluated, tiny_run, tiny_data, tiny_words, call, tmp_path
+):
+    words = ("--checkpoint", tiny_run, *SHORT, "--no-ceiling", "--record", tmp_path / "planned")
+    assert call("evaluate", *words, "--run-dir", tmp_path / "run").code == 0
+    distances, *_ = results_of(tmp_path / "run")["final_distances"].values()
+    assert distances in results_of(evaluated)["final_distances"].values()
+    data = Trajectories(tmp_path / "planned")
+    assert (data.env, data.lengths.tolist()) == ("jepa_world/Reach-v0", [4, 4])
+    batch = data.read(data.windows(4), 4)
+    assert batch["pixels"].std() > 10 and np.abs(batch["action"][:, :3]).max() <= 1
+    assert not batch["action"][:, 3].any() and np.abs(batch["state"]).max() > 0
+    both = ("--data", tiny_data, "--also", tmp_path / "planned", "--run-dir", tmp_path / "both")
+    ended = call("train_world_model", *tiny_words, *both)
+    assert ended.code == 0 and "9 episodes" in ended.stdout, ended
+    again = call("evaluate", *words, "--run-dir", tmp_path / "again").complaint()
+    assert re.search("--record .*planned is there already", again)
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,42 @@ def test_actions_beyond_the_end_of_an_episode_are_zero(store):
     np.testing.assert_array_equal(batch["action"][0, 1], np.zeros(4))
 
 
+def test_datasets_that_are_also_read_lie_in_front(store, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    write_shard(other / "shard-00000.h5", [episode(6, 9)])
+    data = Trajectories(store, also=[other])
+    assert data.lengths.tolist() == [6, 5, 9, 3, 7] and f"and {other}" in data.origin
+    batch = data.read(np.array([0, 6]), 5)
+    for name, rows in batch.items():
+        np.testing.assert_array_equal(rows[0], episode(6, 9)[name][:5])
+        np.testing.assert_array_equal(rows[1], EPISODES[0][name])
+    assert data.split(0.2)[1].lengths.tolist() == [7]
+
+
+@pytest.mark.parametrize("what", ["env", "action", "size", "incomplete", "missing"])
+def test_datasets_of_another_kind_are_not_read_together(store, tmp_path_factory, what):
+    other = tmp_path_factory.mktemp("other") / "data"
+    rows = episode(6, 9, size=16 if what == "size" else 8)
+    if what == "action":
+        rows["action"] = np.zeros((6, 3), np.float32)
+    settings = {"env": "b", "episodes": 2 if what == "incomplete" else 1}
+    if what != "missing":
+        other.mkdir()
+        (other / "dataset.yaml").write_text(yaml.safe_dump({"settings": settings}))
+        write_shard(other / "shard-00000.h5", [rows])
+    named = {"settings": {"env": "a" if what == "env" else "b"}}
+    (store / "dataset.yaml").write_text(yaml.safe_dump(named))
+    message = {
+        "env": "was collected in 'b', .* in 'a'",
+        "action": r"has rows of \(3,\) where .* has \(2,\)",
+        "size": "frames",
+        "incomplete": "holds 1 of 2 episodes",
+        "missing": "does not exist",
+    }
+    with pytest.raises(UserError, match=message[what]):
+        Trajectories(store, also=[other])
+
+
 def test_split_holds_out_the_last_episodes_and_leaves_no_frame_twice(store):
     training, held_out = Trajectories(store).split(0.25)
     assert (training.num_episodes, held_out.num_episodes) == (3, 1)

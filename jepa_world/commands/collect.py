@@ -27,11 +27,10 @@ from jepa_world.data.trajectories import (
     wait_until_begun,
     write_store,
 )
+from jepa_world.envs.recorder import Recorder
 from jepa_world.policies import PolicyName, actions_of, check_policy, usual_policy
 from jepa_world.processes import launched, map_in_processes
 from jepa_world.registry import UserError
-
-STATE_COLUMNS = ("state", "proprio")  # of info, stored where the environment gives them
 
 
 @dataclass(frozen=True)
@@ -142,19 +141,13 @@ def play(env: gymnasium.Env, actions: Iterable[np.ndarray], seed: int) -> dict[s
 
     An episode that the environment ends early is shorter; the action at the last frame is zero.
     """
-    observation, info = env.reset(seed=seed)
-    kept = [name for name in STATE_COLUMNS if name in info]
-    pixels, states, taken = [observation], [[info[name] for name in kept]], []
+    recorder = Recorder(env)
+    recorder.reset(seed=seed)
     for action in actions:
-        observation, _, terminated, truncated, info = env.step(action)
-        taken.append(action)
-        pixels.append(observation)
-        states.append([info[name] for name in kept])
+        _, _, terminated, truncated, _ = recorder.step(action)
         if terminated or truncated:
             break
-    columns = {name: np.stack([row[i] for row in states]) for i, name in enumerate(kept)}
-    padded = np.stack([*taken, np.zeros_like(taken[0])]).astype(np.float32)
-    return {"pixels": np.stack(pixels), "action": padded, **columns}
+    return recorder.recorded_episode()
 
 
 _NOT_SETTINGS = ("data", "workers")

@@ -1,6 +1,6 @@
 """Measure planning: success over many held-out episodes and several trained models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from jepa_world.commands.plan import (
     tolerance_of,
 )
 from jepa_world.config import require_at_least
+from jepa_world.data.trajectories import write_store
 from jepa_world.evaluation import (
     Episode,
     ModelPolicy,
@@ -55,6 +56,9 @@ class Evaluate(Planning):
     """Held-out episodes, the same for every model."""
     ceiling: bool = True
     """Also run the same planner on the true simulator."""
+    record: Path | None = None
+    """Folder for the models' episodes as a dataset, to train on (--also): mistakes and all. Give a
+    --seed of its own: what was trained on is not held out."""
 
 
 def run(config: Evaluate) -> None:
@@ -64,21 +68,26 @@ def run(config: Evaluate) -> None:
     require_at_least(config, episodes=1, horizon=1, history=1, seed=0)
     sources = config.checkpoint or (shipped(config.env),)
     models = [load_world_model(source, config.trust) for source in sources]
-    env, *_ = [open_env(config, description) for _, description in models]
+    recorded = config.record is not None
+    env, *_ = [open_env(config, description, recorded=recorded) for _, description in models]
     budget = budget_of(config, env)
     steps = the_same_steps(budget, [description for _, description in models])
     tolerance = tolerance_of(config, env)
     seeds = unsolved_seeds(env, config.episodes, config.seed, tolerance)
-    agents = [make_agents(config, env, model) for model, _ in models]
+    policies = {
+        str(source): model_policies(make_agents(config, env, model))
+        for source, (model, _) in zip(sources, models, strict=True)
+    }
     own = own_share(seeds, "episodes")
     number, _ = launched()
+    check_record(config.record)
     if number == 0:
         made.open(config)
 
-    measured = {
-        str(source): play(f"{source}", env, model_policies(agent_of), own, steps)
-        for source, agent_of in zip(sources, agents, strict=True)
-    }
+    if config.record is not None:
+        measured = record(config.record, env, policies, own, steps)
+    else:
+        measured = {name: play(name, env, policy, own, steps) for name, policy in policies.items()}
     others = {"random": play("random", env, random_policies(env), own, steps)}
     if config.ceiling:
         others |= _ceiling(config, env, own, steps, stride_of(models[0][1]))
@@ -159,6 +168,54 @@ def play(
     """
     progress = tqdm(seeds, name, mininterval=1.0, disable=launched()[0] > 0)
     return [run_episode(env, policy_of(seed), seed, steps) for seed in progress]
+
+
+def check_record(folder: Path | None) -> None:
+    """Check that episodes can be recorded into a folder.
+
+    Raises:
+        UserError: it is not empty, or several processes would write there.
+    """
+    if folder is None:
+        return
+    if launched()[1] > 1:
+        raise UserError("--record: one process writes a dataset, leave accelerate launch out")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--record {folder} is there already: nothing is overwritten, name another")
+
+
+def record(
+    folder: Path,
+    env: gym.Env[Any, Any],
+    policies: dict[str, Callable[[int], Policy]],
+    seeds: Sequence[int],
+    steps: int,
+) -> dict[str, list[Episode]]:
+    """Play as `play` does, each policy by its name, and leave all episodes as a dataset.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    played: dict[str, list[Episode]] = {name: [] for name in policies}
+    turns = [(name, seed) for name in policies for seed in seeds]
+
+    def episodes(indices: list[int]) -> Iterator[dict[str, Any]]:
+        for name, seed in (turns[index] for index in indices):
+            played[name].append(run_episode(env, policies[name](seed), seed, steps))
+            yield env.get_wrapper_attr("recorded_episode")()
+
+    settings = {"env": env.spec and env.spec.id, "episodes": len(turns)}
+    description = {"settings": settings, "policy": "planner", "models": list(policies)}
+    try:
+        write_store(
+            *(folder, description, episodes, len(turns)),
+            shard_episodes=100,
+            jpeg=False,
+            doing="planning",
+        )
+    except OSError as error:
+        raise UserError(f"--record {folder} cannot be written: {error}") from error
+    return played
 
 
 def _ceiling(

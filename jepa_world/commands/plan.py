@@ -18,6 +18,7 @@ from jepa_world.commands import prepare_process
 from jepa_world.config import Part, part_options, require_at_least
 from jepa_world.envs.ahead import GoalsAhead
 from jepa_world.envs.blocks import ActionBlocks
+from jepa_world.envs.recorder import Recorder
 from jepa_world.evaluation import (
     ModelPolicy,
     plan_seconds,
@@ -142,8 +143,10 @@ def shipped(env: str) -> Path:
     return folder
 
 
-def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]:
-    """Make the environment and check that the world model was trained for it.
+def open_env(
+    config: Planning, description: dict[str, Any], *, recorded: bool = False
+) -> gym.Env[Any, Any]:
+    """Make the environment, recorded step by step or not, and check that the model is for it.
 
     Raises:
         UserError: unknown environment, or another than the checkpoint's.
@@ -156,6 +159,8 @@ def open_env(config: Planning, description: dict[str, Any]) -> gym.Env[Any, Any]
         raise UserError(str(error)) from error
     if config.ahead is not None:
         env = goals_ahead(env, config.ahead)
+    if recorded:
+        env = Recorder(env)
     if stride_of(description) > 1:
         env = ActionBlocks(env, stride_of(description))
     _compare_versions(description.get("mujoco"))

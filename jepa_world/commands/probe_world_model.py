@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from jepa_world.checkpoint import find_checkpoint
 from jepa_world.commands import prepare_process
-from jepa_world.commands.collect import STATE_COLUMNS, play
+from jepa_world.commands.collect import play
 from jepa_world.commands.plan import Planning, open_env, shipped, stride_of
 from jepa_world.config import require_at_least
 from jepa_world.data.trajectories import Trajectories, write_shard
 from jepa_world.envs import Quantity
+from jepa_world.envs.recorder import STATE_COLUMNS
 from jepa_world.evaluation import Separation
 from jepa_world.interfaces import ImplausibleEnv, NamedStateEnv
 from jepa_world.methods.decoder import Decoder, small

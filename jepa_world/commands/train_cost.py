@@ -42,6 +42,8 @@ class TrainCost(Training):
     Default: the model shipped for `reach`."""
     data: Path = Path("data/reach")
     """Dataset: as the world model's."""
+    also: tuple[Path, ...] = ()
+    """Datasets that are trained on as well, such as `evaluate.py --record` leaves."""
     columns: Columns = Columns()
     """Which columns of a dataset of others are the pictures and the actions."""
     bad_share: float = BAD_SHARE
@@ -80,7 +82,11 @@ def run(config: TrainCost) -> None:
     accelerator.wait_for_everyone()
     named = config.columns
     store = Trajectories(
-        config.data, pixels=named.pixels, action=named.action, bad_share=config.bad_share
+        config.data,
+        also=config.also,
+        pixels=named.pixels,
+        action=named.action,
+        bad_share=config.bad_share,
     )
     check_frames(store, description)
     training, held_out = store.split(0.05)

@@ -78,6 +78,8 @@ class TrainWorldModel(Training):
 
     data: Path = Path("data/reach")
     """Dataset: a folder of shards that collect.py made, or one in a layout of docs/datasets.md."""
+    also: tuple[Path, ...] = ()
+    """Datasets that are trained on as well, such as `evaluate.py --record` leaves."""
     columns: Columns = Columns()
     """Which columns of a dataset of others are the pictures and the actions."""
     bad_share: float = BAD_SHARE
@@ -120,7 +122,11 @@ def run(config: TrainWorldModel) -> None:
     accelerator.wait_for_everyone()
     named, stride = config.columns, config.predict.stride
     store = Trajectories(
-        config.data, pixels=named.pixels, action=named.action, bad_share=config.bad_share
+        config.data,
+        also=config.also,
+        pixels=named.pixels,
+        action=named.action,
+        bad_share=config.bad_share,
     )
     training, held_out = store.split(0.05)
 

@@ -55,7 +55,8 @@ class Trajectories:
     """Read windows of consecutive frames from a store; safe to use after a fork or a pickle.
 
     A set whose frames fit in `cache_bytes` is decoded into memory at the first read; a larger one
-    is read from its files. `columns` names what a batch holds: by default pixels and action, and
+    is read from its files. Datasets that are `also` read lie in front of it, and have its columns.
+    `columns` names what a batch holds: by default pixels and action, and
     state and proprio where they are stored. `pixels` and `action` say which columns of a dataset of
     others these two are; `names` has what was found, `layout` what the dataset is, `skipped` the
     episodes that were left out. The place of a window whose frames cannot be read is taken by
@@ -81,6 +82,7 @@ class Trajectories:
         self,
         path: str | Path,
         *,
+        also: Sequence[str | Path] = (),
         columns: Sequence[str] | None = None,
         pixels: str | None = None,
         action: str | None = None,
@@ -88,21 +90,24 @@ class Trajectories:
         bad_share: float = BAD_SHARE,
     ):
         self.path = Path(path)
-        self.metadata = _read_metadata(self.path)
-        files = Skipped(0, "files", bad_share)
-        self.layout, tables = open_tables(self.path, files)
-        if not files:
-            _check_complete(self.path, self.metadata, sum(len(t.lengths) for t in tables))
+        self.also = [Path(other) for other in also]
+        self.metadata, self.layout, tables, damaged = _open_whole(self.path, bad_share)
         self.names = find_columns(tables[0], columns, Columns(pixels, action))
+        for other in self.also:
+            metadata, _, others, more = _open_whole(other, bad_share)
+            damaged |= {f"{other / name}": reason for name, reason in more.items()}
+            if None not in (self.env, env := _env_of(metadata)) and env != self.env:
+                raise UserError(f"{other} was collected in {env!r}, {path} in {self.env!r}")
+            tables = [*others, *tables]
         self._lengths = np.concatenate([table.lengths for table in tables])
         self._offsets = np.cumsum(self._lengths) - self._lengths
         self._columns = {
-            name: np.concatenate([_read_numbers(table, name, source) for table in tables])
+            name: _concatenated([_read_numbers(table, name, source) for table in tables], tables)
             for name, source in self.names.items()
             if name != "pixels"
         }
         self.skipped = Skipped(len(self._lengths), f"episodes of {self.path}", bad_share)
-        self.skipped.reasons |= files.reasons
+        self.skipped.reasons |= damaged
         self._bad: set[int] = set()  # episodes, shared by all parts of the set
         self._leave_out_what_is_not_finite()
         source = self.names.get("pixels")
@@ -113,7 +118,7 @@ class Trajectories:
     @property
     def env(self) -> str | None:
         """Return the Gymnasium id the dataset was collected in, where it says so."""
-        return self.metadata.get("settings", {}).get("env")
+        return _env_of(self.metadata)
 
     @property
     def origin(self) -> str:
@@ -122,7 +127,8 @@ class Trajectories:
             name if name == source else f"{name} from {source}"
             for name, source in self.names.items()
         )
-        return f"{self.path} ({self.layout}): {read}"
+        also = "".join(f" and {other}" for other in self.also)
+        return f"{self.path} ({self.layout}){also}: {read}"
 
     @property
     def num_episodes(self) -> int:
@@ -515,6 +521,36 @@ def _read_metadata(path: Path) -> dict[str, Any]:
             f"{str(file)!r} has the settings {settings!r:.80}: expected keys and values"
         )
     return metadata
+
+
+def _open_whole(
+    path: Path, bad_share: float
+) -> tuple[dict[str, Any], str, list[Table], dict[str, str]]:
+    """Return description, layout and tables of a dataset, and why files of it are left out.
+
+    Raises:
+        UserError: as `open_tables`, or episodes are missing.
+    """
+    metadata, damaged = _read_metadata(path), Skipped(0, "files", bad_share)
+    layout, tables = open_tables(path, damaged)
+    if not damaged:
+        _check_complete(path, metadata, sum(len(table.lengths) for table in tables))
+    return metadata, layout, tables, damaged.reasons
+
+
+def _env_of(metadata: Mapping[str, Any]) -> str | None:
+    return metadata.get("settings", {}).get("env")
+
+
+def _concatenated(parts: list[np.ndarray], tables: list[Table]) -> np.ndarray:
+    """Return the rows of all tables, which have to be equally wide."""
+    for part, table in zip(parts, tables, strict=True):
+        if part.shape[1:] != parts[-1].shape[1:]:
+            raise UserError(
+                f"{table.path} has rows of {part.shape[1:]} where {tables[-1].path} has "
+                f"{parts[-1].shape[1:]}: give datasets of one kind"
+            )
+    return np.concatenate(parts)
 
 
 def _check_complete(path: Path, metadata: Mapping[str, Any], found: int) -> None:
