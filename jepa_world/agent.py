@@ -28,6 +28,7 @@ class Agent:
             policy, only its length counts.
         history: Past observations given to the predictor, the present one included.
         objective: What is minimised; a user's own constraints go here (`jepa_world.objectives`).
+        half: Predict in bfloat16 (autocast), and rate what is predicted in float32.
 
     Example:
         >>> import torch
@@ -51,12 +52,14 @@ class Agent:
         *,
         history: int = 1,
         objective: Objective = summed_distance,
+        half: bool = False,
     ) -> None:
         self.model = model.eval()
         self.planner = planner
         self.start = start
         self.history = history
         self.objective = objective
+        self.half = half
 
     @torch.no_grad()
     def reset(self, goal: UInt8[Tensor, "b hh ww c"]) -> None:
@@ -75,7 +78,9 @@ class Agent:
         self.z = torch.cat([self.z, self.model.encode(observation[:, None])], dim=1)
         self.z = self.z[:, -self.history :]
         self.actions = self.actions[:, self.actions.shape[1] - self.z.shape[1] + 1 :]
-        self.cost = GoalCost(self.model, self.z, self.actions, self.goal, self.objective)
+        self.cost = GoalCost(
+            *(self.model, self.z, self.actions, self.goal, self.objective), half=self.half
+        )
         start = self.plan if self.model.policy is None else self.proposed(self.model.policy)
         self.plan = self.planner(self.cost, start)
         return self.plan[:, 0]
@@ -99,6 +104,7 @@ class GoalCost:
     actions: Float[Tensor, "b u a"]  # those between them: u = t - 1
     goal: Float[Tensor, "b n d"]
     objective: Objective
+    half: bool = False
 
     def __call__(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
         """Return the objective of the latents the model predicts for every plan."""
@@ -112,7 +118,9 @@ class GoalCost:
 
     def imagine(self, plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s h n d"]:
         """Predict the latents that every plan would visit from here."""
-        return self.model.rollout_plans(self.z, self._actions(plans))
+        with self._half():
+            future = self.model.rollout_plans(self.z, self._actions(plans))
+        return future.to(self.z.dtype)
 
     def foresee(
         self, z: Float[Tensor, "b s h n d"], plans: Float[Tensor, "b s h a"]
@@ -126,8 +134,9 @@ class GoalCost:
         seen = repeat(self.z, "b t n d -> (b s) t n d", s=plans.shape[1])
         visited = rearrange(z[:, :, :-1], "b s h n d -> (b s) h n d")
         actions = rearrange(self._actions(plans), "b s u a -> (b s) u a")
-        following = self.model.predictor(torch.cat([seen, visited], 1), actions)
-        future = following[:, -plans.shape[2] :]
+        with self._half():
+            following = self.model.predictor(torch.cat([seen, visited], 1), actions)
+        future = following[:, -plans.shape[2] :].to(self.z.dtype)
         return rearrange(future, "(b s) h n d -> b s h n d", s=plans.shape[1])
 
     def _foresee_spans(self, predictor: PrefixRollout, z: Tensor, plans: Tensor) -> Tensor:
@@ -136,9 +145,13 @@ class GoalCost:
         for number, actions in enumerate(later, start=1):
             before = rearrange(z[:, :, number * predictor.span - 1], "b s n d -> (b s) 1 n d")
             actions = rearrange(actions, "b s k a -> (b s) 1 k a")
-            stretch = predictor.rollout_prefixes(before, actions)
+            with self._half():
+                stretch = predictor.rollout_prefixes(before, actions).to(self.z.dtype)
             future.append(rearrange(stretch, "(b s) 1 k n d -> b s k n d", s=plans.shape[1]))
         return torch.cat(future, 2)
+
+    def _half(self) -> torch.autocast:
+        return torch.autocast(self.z.device.type, torch.bfloat16, enabled=self.half)
 
     def _actions(self, plans: Tensor) -> Float[Tensor, "b s u a"]:
         """Return the actions of every plan behind those of the past."""

@@ -246,3 +246,35 @@ def test_slopes_of_its_cost_are_those_of_the_plain_rollout(cost):
     z = rollout(cost.model.predictor, cost.z, actions)[:, None]
     (plain,) = torch.autograd.grad(cost.score(z, plans).sum(), plans)
     torch.testing.assert_close(slope, plain)
+
+
+@pytest.mark.parametrize("predictor", [MLPPredictor, AdaLNPredictor, PrefixPredictor])
+def test_half_precision_rates_nearly_the_same_plans_in_float32(predictor):
+    model = WorldModel(Position(), predictor(2, 2), SIGReg(), weight=0.0).eval()
+    for value in model.parameters():  # the last layer of a new predictor is zero
+        nn.init.normal_(value, std=0.05)
+    z, goal, plans = torch.randn(2, 1, 1, 2), torch.randn(2, 1, 2), torch.rand(2, 6, 4, 2)
+    parts = (model, z, plans[:, 0, :0], goal, summed_distance)
+    whole, half = GoalCost(*parts), GoalCost(*parts, half=True)
+    with torch.no_grad():
+        future = half.imagine(plans)
+        assert future.dtype == torch.float32 and not torch.equal(future, whole.imagine(plans))
+        torch.testing.assert_close(half(plans), whole(plans), rtol=0.05, atol=0.05)
+        foreseen = half.foresee(future, plans)
+        assert foreseen.dtype == torch.float32
+        torch.testing.assert_close(foreseen, whole.foresee(future, plans), rtol=0.05, atol=0.05)
+
+
+def test_an_agent_of_half_precision_acts_in_float32():
+    model = WorldModel(Position(), MLPPredictor(2, 2), SIGReg(), weight=0.0)
+    agents = [
+        Agent(model, CEM(LOW, HIGH, 3), torch.zeros(3, 2), half=half) for half in (False, True)
+    ]
+    picture = torch.full((1, 8, 8, 3), 100, dtype=torch.uint8)
+    acted = []
+    for agent in agents:
+        agent.reset(picture)
+        acted.append(agent.act(picture))
+        assert agent.cost.half is agent.half
+    assert acted[1].dtype == torch.float32
+    torch.testing.assert_close(*acted, rtol=0, atol=0.3)

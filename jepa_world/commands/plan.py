@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import mujoco
@@ -66,6 +66,9 @@ class Planning:
     """Goals are what acting as in `collect` reaches in so many steps; default: goals anywhere."""
     factors: tuple[str, ...] | None = None
     """Factors of variation drawn for every episode, by name; `all` is all of them. Default: none"""
+    precision: Literal["no", "bf16"] = "no"
+    """Of predictions; bf16 halves the time of large predictors (LeWorldModel's) on processors that
+    multiply it natively; small ones, and other processors, are slower with it."""
     seed: int = 0
     """Of starts, goals and the planner's samples."""
     run_dir: Path | None = None
@@ -260,9 +263,8 @@ def make_agents(
     build, start = make_planners(config if model.policy is None else narrow(config), env)
     objective = make_objective(config.objective, model)
     check_objective(objective, model.encoder.num_tokens, model.encoder.dim, *start.shape)
-    return lambda seed: Agent(
-        model, build(seed), start, history=config.history, objective=objective
-    )
+    options: dict[str, Any] = {"history": config.history, "half": config.precision == "bf16"}
+    return lambda seed: Agent(model, build(seed), start, objective=objective, **options)
 
 
 def narrow(config: Planning) -> Planning:
