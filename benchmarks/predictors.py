@@ -117,7 +117,7 @@ def train(words: list[str], seconds: float, folder: Path) -> None:
 
 def step_seconds(config: TrainWorldModel, *, steps: int = 30) -> float:
     """Return the CPU time of a training step, its batch at hand: the median of some."""
-    store = Trajectories(config.data)
+    store = Trajectories(*config.data)
     training, _ = store.split(0.05)
     index = training.windows(config.frames)[: config.batch_size]
     read = training.read(index, config.frames)

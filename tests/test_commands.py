@@ -154,7 +154,7 @@ def test_recorded_episodes_are_those_evaluated_and_are_trained_on(
     batch = data.read(data.windows(4), 4)
     assert batch["pixels"].std() > 10 and np.abs(batch["action"][:, :3]).max() <= 1
     assert not batch["action"][:, 3].any() and np.abs(batch["state"]).max() > 0
-    both = ("--data", tiny_data, "--also", tmp_path / "planned", "--run-dir", tmp_path / "both")
+    both = ("--data", tiny_data, tmp_path / "planned", "--run-dir", tmp_path / "both")
     ended = call("train_world_model", *tiny_words, *both)
     assert ended.code == 0 and "9 episodes" in ended.stdout, ended
     again = call("evaluate", *words, "--run-dir", tmp_path / "again").complaint()
@@ -188,6 +188,8 @@ def test_recorded_episodes_are_those_evaluated_and_are_trained_on(
         ("evaluate", ("--episodes", -1), "--episodes is -1"),
         ("evaluate", ("--checkpoint", "RUN", "nowhere"), "no checkpoint in 'nowhere'"),
         ("train_world_model", ("--data", "nowhere"), "dataset nowhere does not exist"),
+        ("train_world_model", ("--data", "DATA", "nowhere"), "dataset nowhere does not exist"),
+        ("train_world_model", ("--data",), "--data names no dataset"),
         ("train_world_model", ("--encoder", "cnov"), "unknown encoder 'cnov'; nearest: conv"),
         ("train_world_model", ("--predictor", "mpl"), "unknown predictor 'mpl'; nearest: mlp"),
         ("train_world_model", ("--steps", 0, "--data", "DATA"), "--steps is 0"),

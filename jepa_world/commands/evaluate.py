@@ -57,8 +57,8 @@ class Evaluate(Planning):
     ceiling: bool = True
     """Also run the same planner on the true simulator."""
     record: Path | None = None
-    """Folder for the models' episodes as a dataset, to train on (--also): mistakes and all. Give a
-    --seed of its own: what was trained on is not held out."""
+    """Folder for the models' episodes as a dataset, to train on: mistakes and all. Give a --seed of
+    its own: what was trained on is not held out."""
 
 
 def run(config: Evaluate) -> None:

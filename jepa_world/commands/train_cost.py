@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jepa_world.commands import prepare_process
 from jepa_world.commands.plan import shipped
-from jepa_world.commands.train_world_model import collect_default, encode_once
+from jepa_world.commands.train_world_model import encode_once, open_data
 from jepa_world.config import Part, require_at_least, to_dict
 from jepa_world.data.files import BAD_SHARE
 from jepa_world.data.trajectories import Columns, Trajectories
@@ -40,10 +40,8 @@ class TrainCost(Training):
     checkpoint: Path | None = None
     """A run folder of train_world_model; it stays as it is, this run holds a model with the cost.
     Default: the model shipped for `reach`."""
-    data: Path = Path("data/reach")
-    """Dataset: as the world model's."""
-    also: tuple[Path, ...] = ()
-    """Datasets that are trained on as well, such as `evaluate.py --record` leaves."""
+    data: tuple[Path, ...] = (Path("data/reach"),)
+    """Datasets: as the world model's."""
     columns: Columns = Columns()
     """Which columns of a dataset of others are the pictures and the actions."""
     bad_share: float = BAD_SHARE
@@ -77,17 +75,7 @@ def run(config: TrainCost) -> None:
         compile=config.loop.compile,
     )
     model, description = load_world_model(config.checkpoint or shipped("reach"), config.trust)
-    if accelerator.is_main_process and config.data == Path("data/reach"):
-        collect_default(config.data)
-    accelerator.wait_for_everyone()
-    named = config.columns
-    store = Trajectories(
-        config.data,
-        also=config.also,
-        pixels=named.pixels,
-        action=named.action,
-        bad_share=config.bad_share,
-    )
+    store = open_data(config.data, config.columns, config.bad_share, accelerator)
     check_frames(store, description)
     training, held_out = store.split(0.05)
     stride = description.get("stride", 1)

@@ -76,10 +76,9 @@ class TrainWorldModel(Training):
     Without arguments: collect `reach` into data/reach if it is not there, and train on it.
     """
 
-    data: Path = Path("data/reach")
-    """Dataset: a folder of shards that collect.py made, or one in a layout of docs/datasets.md."""
-    also: tuple[Path, ...] = ()
-    """Datasets that are trained on as well, such as `evaluate.py --record` leaves."""
+    data: tuple[Path, ...] = (Path("data/reach"),)
+    """Dataset: a folder of shards that collect.py made, or one in a layout of docs/datasets.md.
+    More behind it, such as `evaluate.py --record` leaves, are trained on beside it."""
     columns: Columns = Columns()
     """Which columns of a dataset of others are the pictures and the actions."""
     bad_share: float = BAD_SHARE
@@ -117,22 +116,13 @@ def run(config: TrainWorldModel) -> None:
         accumulate=config.loop.accumulate,
         compile=config.loop.compile,
     )
-    if accelerator.is_main_process and config.data == Path("data/reach"):
-        collect_default(config.data)
-    accelerator.wait_for_everyone()
-    named, stride = config.columns, config.predict.stride
-    store = Trajectories(
-        config.data,
-        also=config.also,
-        pixels=named.pixels,
-        action=named.action,
-        bad_share=config.bad_share,
-    )
+    store = open_data(config.data, config.columns, config.bad_share, accelerator)
     training, held_out = store.split(0.05)
 
     torch.manual_seed(config.seed)
     description = describe(config, store)
     model, method = build_method(config, description)
+    stride = config.predict.stride
     windows = training.windows(config.frames, stride)
     begin(made, config, description, len(windows), accelerator)
     accelerator.print(store.origin)
@@ -325,6 +315,24 @@ def check_regulariser(given: Regulariser) -> None:
     if not all(weight >= 0 for weight in given.weight):
         start, end = given.weight
         raise UserError(f"--regulariser.weight is {start} {end}: give at least 0")
+
+
+def open_data(
+    data: tuple[Path, ...], columns: Columns, bad_share: float, accelerator: Accelerator
+) -> Trajectories:
+    """Open datasets to be read as one; the default one is collected where it is not there.
+
+    Raises:
+        UserError: none, or what `Trajectories` refuses.
+    """
+    if not data:
+        raise UserError("--data names no dataset")
+    if accelerator.is_main_process and data == (Path("data/reach"),):
+        collect_default(data[0])
+    accelerator.wait_for_everyone()
+    first, *also = data
+    named = {"pixels": columns.pixels, "action": columns.action}
+    return Trajectories(first, also=also, bad_share=bad_share, **named)
 
 
 def collect_default(folder: Path) -> None:
