@@ -13,7 +13,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -76,7 +76,7 @@ def in_process(work: Callable[[], Any], threads: int) -> Any:
 
 
 def compare(
-    lines: dict[str, Callable[[], Line]], rounds: int, threads: int, last: str = "costs"
+    lines: Mapping[str, Callable[[], Line]], rounds: int, threads: int, last: str = "costs"
 ) -> dict[str, Line]:
     """Measure lines in turn, print them beside the first, and return their medians."""
     print(f"| | CPU s | wall s | peak MB | ratio of CPU, wall, memory | {last} |")

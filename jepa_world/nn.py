@@ -194,12 +194,12 @@ class MLP(nn.Sequential):
             nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out or dim)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map each vector by itself; without gradient the GELU needs no memory of its own."""
         if torch.is_grad_enabled():
-            return super().forward(x)
+            return super().forward(input)
         first, _, dropout, last = self
-        return last(dropout(torch.ops.aten.gelu_(first(x))))
+        return last(dropout(torch.ops.aten.gelu_(first(input))))
 
 
 class Block(nn.Module):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -109,6 +110,7 @@ def test_a_reader_that_is_lost_ends_the_run_and_its_file_is_named(
     complaint = ended.stderr.splitlines()[-1]
     assert ended.code == 2 and "a process that reads data was lost" in complaint
     assert ".mp4'" in complaint and "take that file out" in complaint
+    assert not multiprocessing.active_children()  # the command would wait for them
 
 
 def test_a_run_of_images_names_what_it_skipped(call, tmp_path):

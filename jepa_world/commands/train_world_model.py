@@ -331,8 +331,8 @@ def open_data(
         collect_default(data[0])
     accelerator.wait_for_everyone()
     first, *also = data
-    named = {"pixels": columns.pixels, "action": columns.action}
-    return Trajectories(first, also=also, bad_share=bad_share, **named)
+    pixels, action = columns.pixels, columns.action
+    return Trajectories(first, also=also, pixels=pixels, action=action, bad_share=bad_share)
 
 
 def collect_default(folder: Path) -> None:

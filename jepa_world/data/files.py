@@ -6,8 +6,10 @@ more than a share of all; in small sets a tenth may be, and ten.
 
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -209,6 +211,8 @@ def note_reading(folder: Path, name: str) -> None:
 def naming_lost_readers(folder: Path) -> Iterator[None]:
     """Say which file a reader of a loader died of or hangs at, and forget the notes in the end.
 
+    Readers that are left are killed: one that hangs would keep this process from ending.
+
     Raises:
         UserError: a reader was lost; torch says so wherever the process happens to be.
     """
@@ -218,13 +222,25 @@ def naming_lost_readers(folder: Path) -> Iterator[None]:
         said = " ".join(str(error).split())
         if "DataLoader" not in said:
             raise
+        read = _being_read(folder, said)
+        _kill_readers()
         raise UserError(
-            f"a process that reads data was lost ({said}); it was reading "
-            f"{_being_read(folder, said)}: take that file out, or try fewer workers"
+            f"a process that reads data was lost ({said}); it was reading {read}: take that file "
+            "out, or try fewer workers"
         ) from error
     finally:
         for note in folder.glob("reading-*"):
             note.unlink(missing_ok=True)
+
+
+def _kill_readers() -> None:
+    """Kill the daemons of this process; torch's handler would raise once more for each of them."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for reader in multiprocessing.active_children():
+        if reader.daemon:
+            reader.kill()
+            reader.join()
+    signal.signal(signal.SIGCHLD, before)
 
 
 def _being_read(folder: Path, said: str) -> str:
