@@ -372,6 +372,7 @@ def table_reach(rounds: int, threads: int) -> None:
 @torch.inference_mode()
 def success(count: int, variant: Variant, **options: int) -> Line:
     """Plan held-out episodes; the line is of one plan, and says how many end near the goal."""
+    keep_freed_memory()
     model, description = load_world_model(shipped("reach"))
     config = Planning(planner=Part("cem", options))
     env = open_env(config, description)

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import tarfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -235,12 +236,15 @@ def naming_lost_readers(folder: Path) -> Iterator[None]:
 
 def _kill_readers() -> None:
     """Kill the daemons of this process; torch's handler would raise once more for each of them."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    in_main = threading.current_thread() is threading.main_thread()
+    signals = [signal.SIGCHLD] if in_main and hasattr(signal, "SIGCHLD") else []
+    before = [signal.signal(one, signal.SIG_DFL) for one in signals]
     for reader in multiprocessing.active_children():
         if reader.daemon:
             reader.kill()
             reader.join()
-    signal.signal(signal.SIGCHLD, before)
+    for one, handler in zip(signals, before, strict=True):
+        signal.signal(one, handler)
 
 
 def _being_read(folder: Path, said: str) -> str:
