@@ -188,13 +188,15 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         }
 
 
-def arm_scene(xml: str, *, size: int, without: tuple[str, ...]) -> Scene:
+def arm_scene(
+    xml: str, *, size: int, without: tuple[str, ...], views: tuple[str, ...] = VIEWS
+) -> Scene:
     """Return the scene of arm.xml, or of a file that includes it, without the geoms named."""
     model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name(xml)))
     for name in without:
         model.geom(name).matid = -1
         model.geom(name).rgba = 0.0
-    return Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model), camera=VIEWS)
+    return Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model), camera=views)
 
 
 def _factors(model: mujoco.MjModel) -> dict[str, Factor]:

@@ -1,7 +1,7 @@
 """Cube: an arm with two fingers carries a cube to where the goal picture shows it.
 
-The arm, its two views and its axes are those of `arm.py`: metres from the base, x forward, y left,
-z up. The fingers close along y.
+The arm and its axes are those of `arm.py`: metres from the base, x forward, y left, z up. Its two
+views are nearer, so that the fingers, which close along y, are seen to be open or closed.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -27,6 +27,7 @@ from jepa_world.envs.arm import (
 )
 from jepa_world.envs.tasks import known_options
 
+VIEWS = ("near_front", "near_side")
 FINGER_SPEED = 0.15  # m/s of each finger, of an action of 1: open to closed in 3 steps
 HALF = 0.02  # metres, half an edge of the cube
 FIELD = np.array([[0.36, -0.22], [0.56, 0.22]])  # where the cube is drawn, metres
@@ -95,7 +96,7 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.tolerance = tolerance
         self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 6), np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
-        self._scene = arm_scene("cube.xml", size=size, without=("ball",))
+        self._scene = arm_scene("cube.xml", size=size, without=("ball",), views=VIEWS)
         self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
         self._factors = factors
         self._home = panda.posture(HOME)
