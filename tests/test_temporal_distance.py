@@ -168,6 +168,25 @@ def test_searches_begin_with_what_the_policy_does_in_imagination(
     assert without.policy is None and without.cost is not None
 
 
+def test_a_predictor_trained_again_keeps_the_cost_and_the_policy(
+    call, tiny_run, tiny_data, tiny_words, tmp_path
+):
+    learned, steps = tmp_path / "learned", ("--steps", 3, "--batch-size", 8, *NO)
+    words = ("--data", tiny_data, *steps, "--cost.width", 16, "--policy", "cloned")
+    words += ("--checkpoint", tiny_run, "--policy.width", 16, "--run-dir", learned)
+    assert call("train_cost", *words).code == 0
+    for name, flags, kept in (("same", (), True), ("other", ("--predict.stride", 2), False)):
+        run = tmp_path / name
+        words = ("--data", tiny_data, *tiny_words, *flags, "--frozen", learned, "--run-dir", run)
+        ended = call("train_world_model", *words)
+        assert ended.code == 0, ended.stderr
+        (old, _), (new, _) = (load_world_model(path) for path in (learned, run))
+        assert (new.cost is not None) == (new.policy is not None) == kept
+        before, after = old.state_dict(), new.state_dict()
+        changed = {key.partition(".")[0] for key in after if not before[key].equal(after[key])}
+        assert changed == {"predictor"}
+
+
 def test_a_policy_of_another_shape_is_refused(call, tiny_run, tiny_data, tmp_path):
     words = ("--checkpoint", tiny_run, "--data", tiny_data, "--policy", "torch.nn:Bilinear", *NO)
     refused = call("train_cost", *words, "--run-dir", tmp_path / "run").complaint()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import jepa_world
-from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state
+from jepa_world.checkpoint import encoder_weights, find_checkpoint, load_state, load_tensors
 from jepa_world.commands import prepare_process
 from jepa_world.commands.collect import Collect, collect
 from jepa_world.config import Part, read_yaml, require_at_least, to_dict
@@ -25,7 +25,12 @@ from jepa_world.interfaces import ReadsWeights
 from jepa_world.losses import Distance, VICReg
 from jepa_world.methods.temporal_distance import TemporalDistanceLearning
 from jepa_world.methods.vjepa2_ac import VJEPA2AC
-from jepa_world.methods.world_model import TeacherWorldModel, WorldModel, build_parts
+from jepa_world.methods.world_model import (
+    TeacherWorldModel,
+    WorldModel,
+    build_learned,
+    build_parts,
+)
 from jepa_world.probes import linear_probe_r2
 from jepa_world.registry import UserError
 from jepa_world.runs import Run
@@ -66,6 +71,7 @@ class Regulariser:
     """Random directions that sigreg tests at every step."""
 
 
+LEARNED = ("cost", "policy")  # what train_cost learns beside a world model
 WEIGHTS = {"sigreg": (0.1, 0.002), "vicreg": (1.0, 0.02)}
 
 
@@ -90,7 +96,8 @@ class TrainWorldModel(Training):
     frozen: Path | None = None
     """Run folder whose encoder is used as it is, or a folder of transformers' or a file of timm's
     weights: only a predictor is trained, by the loss of V-JEPA 2-AC, on frames that are encoded
-    once. `--encoder FOLDER` is short for it and the encoder's options."""
+    once. `--encoder FOLDER` is short for it and the encoder's options. A cost and a policy that the
+    run holds (train_cost) stay."""
     frames: int = 4
     """Frames of a training window; the first is encoded, the others are predicted open loop."""
     predict: PredictFlags = PredictFlags()
@@ -169,7 +176,21 @@ def describe(config: TrainWorldModel, data: Trajectories) -> dict[str, Any]:
         "regulariser": config.regulariser.name if config.frozen is None else "none",
         "jepa_world": jepa_world.__version__,
         "mujoco": mujoco.__version__,
+        **describe_learned(config.frozen, stride, stride * data.action_dim),
     }
+
+
+def describe_learned(frozen: Path | None, stride: int, action_dim: int) -> dict[str, Any]:
+    """Return what a frozen world model's checkpoint says of its cost and its policy.
+
+    They know its latents, and hold with any predictor of the same steps; those of others are left.
+    """
+    found = [] if frozen is None else [frozen / "checkpoint", frozen]
+    file = next((path for folder in found if (path := folder / "config.yaml").is_file()), None)
+    known = {} if file is None else read_yaml(file)
+    if (known.get("stride", 1), known.get("action_dim")) != (stride, action_dim):
+        return {}
+    return {kind: known[kind] for kind in LEARNED if kind in known}
 
 
 def build_method(
@@ -200,11 +221,29 @@ def build_method(
     if config.frozen is not None:
         load_frozen(encoder, config.frozen)
         rollout = open_loop or min(2, config.frames - 1)
-        return model, VJEPA2AC(encoder, predictor, rollout=rollout, distance=distance)
+        learned = load_learned(description, encoder, config.frozen)
+        return model, VJEPA2AC(encoder, predictor, rollout=rollout, distance=distance, **learned)
     if given.name == "ema":
         words: Any = {"open_loop": open_loop, "distance": distance}
         return model, TeacherWorldModel(encoder, predictor, **words)
     return model, model
+
+
+def load_learned(description: dict[str, Any], encoder: nn.Module, path: Path) -> dict[str, Any]:
+    """Load the cost and the policy that are taken over from a run, as they are.
+
+    Raises:
+        UserError: damaged, or made by a package outside this one.
+    """
+    if not any(kind in description for kind in LEARNED):
+        return {}
+    file = find_checkpoint(path) / "model.safetensors"
+    tensors, _ = load_tensors(file)
+    parts = build_learned(description, encoder, file)
+    for kind, part in parts.items():
+        own = {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")}
+        load_state(part, own, str(file))
+    return parts
 
 
 def load_frozen(encoder: nn.Module, path: Path) -> None:

@@ -31,6 +31,8 @@ class VJEPA2AC(nn.Module):
             latents.
         rollout: Steps T of the rollout; 1 leaves teacher forcing alone.
         distance: Between latents predicted and latents that came.
+        cost: What imagined latents cost, learned on this encoder's before; stays as it is.
+        policy: What to do on the way to a goal, likewise.
 
     Example:
         >>> import torch
@@ -51,9 +53,12 @@ class VJEPA2AC(nn.Module):
         *,
         rollout: int = 2,
         distance: Distance = "l1",
+        cost: nn.Module | None = None,
+        policy: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder.requires_grad_(False).eval()  # type: ignore[assignment]
+        self.cost, self.policy = (part and part.requires_grad_(False) for part in (cost, policy))
         self.predictor = predictor
         self.rollout = rollout
         self.distance: Distance = distance

@@ -325,10 +325,14 @@ def load_parts(
     return encoder, build_part(description, "predictor", *facts, **words)
 
 
-def _load_learned(
-    description: dict[str, Any], encoder: Any, file: Path, trusted: tuple[str, ...]
+def build_learned(
+    description: dict[str, Any], encoder: Any, file: Path, trusted: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Build the cost and the policy that a checkpoint's `config.yaml` describes, if it does."""
+    """Build the cost and the policy that a checkpoint's `config.yaml` describes, if it does.
+
+    Raises:
+        UserError: one cannot be built, or is not trusted.
+    """
     latent = (encoder.dim, encoder.num_tokens)
     facts = {"cost": latent, "policy": (*latent, description["action_dim"])}
     return {
@@ -367,7 +371,7 @@ def load_world_model(
         raise UserError(f"{str(folder)!r} holds the method {method!r}, expected 'world_model'")
     file = folder / "model.safetensors"
     encoder, predictor = load_parts(description, file, trusted)
-    learned = _load_learned(description, encoder, file, trusted)
+    learned = build_learned(description, encoder, file, trusted)
     model = WorldModel(encoder, predictor, **learned)
     tensors, _ = load_tensors(file)
     beside = {"student": description.get("regulariser") == "ema", "target": "cost" in description}
