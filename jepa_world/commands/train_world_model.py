@@ -241,7 +241,8 @@ def load_learned(description: dict[str, Any], encoder: nn.Module, path: Path) ->
     tensors, _ = load_tensors(file)
     parts = build_learned(description, encoder, file)
     for kind, part in parts.items():
-        own = {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")}
+        prefix = f"{kind}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         load_state(part, own, str(file))
     return parts
 
