@@ -73,18 +73,30 @@ class Model:
             keeps = described.get("regulariser", "sigreg")
             kind = f"{parts}, {'frozen encoder' if config.get('frozen') else keeps}"
         seconds = results.get("cpu_seconds")
+        if (earlier := config.get("frozen")) and is_world_model(earlier):
+            return cls.of(earlier).then("world_model", "predictor again", path, config, seconds)
         if "cost" in described and config:
-            return cls.of(config["checkpoint"]).with_cost(path, config, seconds)
+            policy = config.get("policy", {"name": "none"})["name"] != "none"
+            what = "learned cost" + " and policy" * policy
+            return cls.of(config["checkpoint"]).then("cost", what, path, config, seconds)
         commands = [command(method, config, path)] if config else []
         return cls(path, method, kind, config, seconds, commands)
 
-    def with_cost(self, path: str, config: dict[str, Any], seconds: float | None) -> "Model":
-        """Return this world model with the cost that was trained for it."""
+    def then(
+        self, script: str, what: str, path: str, config: dict[str, Any], seconds: float | None
+    ) -> "Model":
+        """Return this world model with what was trained for it in a run of its own."""
         both = self.cpu_seconds and seconds and round(self.cpu_seconds + seconds, 1)
-        commands = [*self.commands, command("cost", config, path)]
-        policy = config.get("policy", {"name": "none"})["name"] != "none"
-        kind = f"{self.kind}, learned cost" + " and policy" * policy
-        return Model(path, self.method, kind, self.config, both, commands)
+        commands = [*self.commands, command(script, config, path)]
+        return Model(path, self.method, f"{self.kind}, {what}", self.config, both, commands)
+
+
+def is_world_model(path: str) -> bool:
+    """Return whether a folder is a run of train_world_model or train_cost, not of an encoder."""
+    folder = Path(path)
+    if not (folder / "config.yaml").is_file():
+        return False
+    return read_yaml(find_checkpoint(folder) / "config.yaml").get("method") == "world_model"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import yaml
 
 from jepa_world.checkpoint import write_json, write_yaml
 from jepa_world.commands.train_cost import TrainCost
+from jepa_world.commands.train_world_model import TrainWorldModel
 from jepa_world.config import parse, to_dict
 from jepa_world.evaluation import Rate
 
@@ -189,3 +190,13 @@ def test_a_learned_cost_is_a_row_with_the_time_and_the_commands_of_both_training
     page = table.page([tmp_path / "e"])
     assert "conv + mlp, sigreg, learned cost and policy" in table_of(page)
     assert "--policy.name cloned --policy.width 16 --policy.depth 3" in page
+
+    again, words = tmp_path / "again", ["--frozen", str(cost), "--data", "data/a", "data/b"]
+    write_yaml(again / "config.yaml", to_dict(parse(TrainWorldModel, words, program="train")))
+    write_yaml(again / "checkpoint" / "config.yaml", described | {"cost": {"name": "temporal"}})
+    (again / "checkpoint" / "model.safetensors").touch()
+    write_json(again / "results.json", {"cpu_seconds": 7})
+    page = table.page([evaluated(tmp_path / "f", [again], (90,))])
+    row = table_of(page)["conv + mlp, sigreg, learned cost and policy, predictor again"]
+    assert row["CPU-s of training"] == "257"
+    assert f"--data data/a data/b --frozen {cost} --run-dir {again}" in page
