@@ -171,32 +171,27 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             yield np.zeros(4, np.float32)
 
     def guide(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
-        """Yield actions that carry the cube about, with noise, and lead the hand back or elsewhere.
+        """Yield actions that carry the cube about, with noise, and wander in between.
 
         Each is for the state that the environment is then in.
         """
         while True:
             place = np.append(generator.uniform(*FIELD), HALF + generator.choice([0.0, 0.1]))
+            wander = generator.uniform(*BOX)
             for action in self._carry(place):
                 noise = generator.normal(0.0, [0.3, 0.3, 0.3, 0.1]) * (generator.random() < 0.5)
                 yield np.clip(action + noise, -1.0, 1.0).astype(np.float32)
-            if generator.random() < 0.5:
-                yield from self._lead(lambda: HOME, -1.0)
-                yield from np.zeros((4, 4), np.float32)
-            else:
-                elsewhere, grip = generator.uniform(*BOX), generator.uniform(-1.0, 1.0)
-                yield from self._lead(lambda place=elsewhere: place, grip)
+            for action in self._lead(lambda place=wander: place, generator.uniform(-1.0, 1.0)):
+                yield action
 
     def _carry(self, place: np.ndarray) -> Iterator[np.ndarray]:
-        """Reach, grasp and lift until it is held, carry, let down, release, withdraw."""
-        above, lifted = np.array([0.0, 0.0, ABOVE]), False
-        while not lifted:
-            yield from self._lead(lambda: self.cube + above, -1.0)
-            yield from self._lead(lambda: self.cube, -1.0)
-            yield from self._grip(1.0)
-            there = self.tip + above
-            yield from self._lead(lambda there=there: there, 1.0)
-            lifted = bool(np.linalg.norm(self.cube - self.tip) < HALF)
+        """Reach, grasp, lift, carry, let down, release, withdraw."""
+        above = np.array([0.0, 0.0, ABOVE])
+        yield from self._lead(lambda: self.cube + above, -1.0)
+        yield from self._lead(lambda: self.cube, -1.0)
+        yield from self._grip(1.0)
+        lifted = self.tip + above
+        yield from self._lead(lambda: lifted, 1.0)
         yield from self._lead(lambda: place + above, 1.0)
         yield from self._lead(lambda: place, 1.0)
         yield from self._grip(-1.0)
