@@ -191,7 +191,10 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 def arm_scene(
     xml: str, *, size: int, without: tuple[str, ...], views: tuple[str, ...] = VIEWS
 ) -> Scene:
-    """Return the scene of arm.xml, or of a file that includes it, without the geoms named."""
+    """Return the scene of arm.xml, or of a file that includes it, without the geoms named.
+
+    `views` are the cameras of a frame, one behind the other in the channels.
+    """
     model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name(xml)))
     for name in without:
         model.geom(name).matid = -1

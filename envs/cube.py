@@ -55,7 +55,8 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     `reset(options={"start": ..., "goal": ...})` sets the place of the cube on the table, x and y in
     metres, or everything, as in "configuration". What is left out is drawn uniformly in front of
-    the arm. `factors` are those of `ArmEnv`, but "cube_color" in place of "tip_color".
+    the arm. `factors` are those of `ArmEnv`, but "cube_color" and "finger_color" in place
+    of "tip_color".
 
     Example:
         >>> env = CubeEnv(size=32)
