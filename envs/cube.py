@@ -32,7 +32,8 @@ FINGER_SPEED = 0.15  # m/s of each finger, of an action of 1: open to closed in 
 HALF = 0.02  # metres, half an edge of the cube
 FIELD = np.array([[0.36, -0.22], [0.56, 0.22]])  # where the cube is drawn, metres
 BOX = np.array([[0.32, -0.30, 0.02], [0.60, 0.30, 0.35]])  # where the tip is led, metres
-HOME = np.array([0.42, 0.0, 0.25])  # the tip at reset and in goal pictures
+HOME = np.array([0.42, 0.0, 0.25])  # the tip at reset
+OPEN = 0.04  # metres, a finger that is open; one that holds the cube is HALF
 FAR = 0.10  # metres; the cube moves less in a step
 ABOVE = 0.12  # metres above the cube, where the hand comes from and goes to
 
@@ -46,12 +47,12 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     down, within a box of 0.28 x 0.60 x 0.33 m. Reward: minus the distance of the cube to the goal's
     cube, in metres. An episode never terminates.
 
-    `info`: "goal" (like an observation: the cube at its goal, the hand where it was at reset),
-    "success" (the cube within `tolerance` metres of the goal's), "state" (float64: seven joint
-    angles, two fingers in metres, the cube's place in metres and its quaternion, then the rates of
-    them all), "proprio" (float32: the tip in metres, the opening of a finger in metres),
-    "configuration" (the first sixteen of the state and what is asked of the two fingers), "factors"
-    (the values of all).
+    `info`: "goal" (like an observation: the cube at its goal, held by the fingers, as where a
+    demonstration of carrying ends), "success" (the cube within `tolerance` metres of the goal's),
+    "state" (float64: seven joint angles, two fingers in metres, the cube's place in metres and its
+    quaternion, then the rates of them all), "proprio" (float32: the tip in metres, the opening of a
+    finger in metres), "configuration" (the first sixteen of the state and what is asked of the two
+    fingers), "factors" (the values of all).
 
     `reset(options={"start": ..., "goal": ...})` sets the place of the cube on the table, x and y in
     metres, or everything, as in "configuration". What is left out is drawn uniformly in front of
@@ -107,18 +108,18 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Place the cube at the start, the hand above, and picture the goal.
+        """Place the cube at the start, the hand at rest above the table, and picture the goal.
 
         Raises:
-            ValueError: an option that is unknown or of another shape.
+            ValueError: an option that is unknown or of another shape, or a goal out of reach.
         """
         super().reset(seed=seed)
         options = known_options(options, "start", "goal", "factors")
         drawn = self.np_random.uniform(
             FIELD[0], FIELD[1], (2, 2)
         )  # both, so that giving one keeps the other
-        goal = self._whole("goal", options.get("goal", drawn[1]))
-        start = self._whole("start", options.get("start", drawn[0]))
+        goal = self._whole("goal", options.get("goal", drawn[1]), held=True)
+        start = self._whole("start", options.get("start", drawn[0]), held=False)
         self._scene.vary(options.get("factors", self._factors), self.np_random.spawn(1)[0])
         self._goal_cube = goal[9:12]
         self._goal_picture = self._scene.place(goal[:16])
@@ -226,7 +227,7 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Free the OpenGL contexts."""
         self._scene.close()
 
-    def _whole(self, name: str, value: Any) -> np.ndarray:
+    def _whole(self, name: str, value: Any, *, held: bool) -> np.ndarray:
         value = np.asarray(value, np.float64)
         if value.shape not in ((2,), (18,)) or not np.isfinite(value).all():
             raise ValueError(
@@ -234,8 +235,10 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 "from the base; or the 18 numbers of info['configuration']"
             )
         if value.shape == (2,):
-            cube = [*value, HALF, 1.0, 0.0, 0.0, 0.0]
-            value = np.concatenate([self._home, np.full(2, 0.04), cube, np.full(2, 0.04)])
+            place = np.append(value, HALF)
+            arm, opening = (panda.posture(place), HALF) if held else (self._home, OPEN)
+            fingers = np.full(2, opening)
+            value = np.concatenate([arm, fingers, place, [1.0, 0.0, 0.0, 0.0], fingers])
         return value
 
     def _info(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 
 from jepa_world import envs
 from jepa_world.commands.plan import goals_ahead
+from jepa_world.envs import panda
 from jepa_world.testing import check_env
 
 
@@ -30,7 +31,7 @@ def test_the_expert_carries_the_cube_to_its_goal_and_withdraws(cube):
         cube.reset(seed=seed)
         info = play(cube, cube.expert(np.random.default_rng(0)), 60)
         assert info["success"] and cube.goal_distance() < 0.01, seed
-        assert cube.tip[2] > 0.2, "the hand is where the goal picture has it"
+        assert cube.tip[2] > 0.2, "the hand is back"
 
 
 def test_closed_fingers_keep_the_cube_while_the_hand_rests(cube):
@@ -53,6 +54,17 @@ def test_a_cube_in_the_air_is_a_start_too(cube):
     for _ in range(5):
         cube.step(np.zeros(4))
     assert cube.cube[2] > 0.09
+
+
+def test_a_goal_shows_the_cube_held_where_it_is_to_be(cube):
+    goal = cube.reset(seed=0, options={"goal": (0.5, 0.1)})[1]["goal"]
+    place = np.array([0.5, 0.1, 0.02])
+    held = [*panda.posture(place), 0.02, 0.02, *place, 1.0, 0.0, 0.0, 0.0, 0.02, 0.02]
+    observation, info = cube.reset(seed=0, options={"goal": (0.5, 0.1), "start": held})
+    assert info["success"] and np.abs(cube.tip - place).max() < 1e-3
+    np.testing.assert_array_equal(goal, observation)
+    with pytest.raises(ValueError, match="does not reach"):
+        cube.reset(options={"goal": (2.0, 0.0)})
 
 
 def test_nothing_is_thrown_whatever_is_asked(cube):
