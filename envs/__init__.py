@@ -31,7 +31,7 @@ SHORT_NAMES = {
     "cube": "jepa_world/Cube-v0",
 }
 
-EXTRAS = {"imageio": "gymnasium", "ogbench": "ogbench"}  # module that is missing -> what brings it
+EXTRAS = {"imageio": "gymnasium", "ogbench": "ogbench", "mujoco_menagerie": "menagerie"}  # module that is missing -> what brings it
 
 
 class Quantity(NamedTuple):
@@ -53,7 +53,8 @@ def make(name: str, **options: Any) -> gymnasium.Env:
     `options` are the environment's own (`size=96`). OpenGL is chosen before MuJoCo is imported. A
     module is searched in the user's working directory last, whichever launcher started Python.
     MuJoCo environments of Gymnasium (`Reacher-v5`) and OGBench's come with the adapters that show
-    pictures and goals.
+    pictures and goals. The name of a robot of MuJoCo Menagerie (`franka_emika_panda`) makes that
+    robot's.
 
     Raises:
         EnvError: unknown name or option, or no OpenGL.
@@ -80,9 +81,18 @@ def make(name: str, **options: Any) -> gymnasium.Env:
     except gymnasium.error.Error as error:
         raise EnvError(f"unknown env {name!r}{_nearest(name)}; {error}") from error
     except (TypeError, ValueError) as error:
-        raise EnvError(f"env {name!r} does not take options {options!r}: {error}") from error
+        refused = f" does not take options {options!r}" if options else ""
+        raise EnvError(f"env {name!r}{refused}: {error}") from error
     finally:
         sys.path[:] = [*before, *(entry for entry in sys.path if entry not in before)]
+
+
+def robots() -> list[str]:
+    """Return the names of MuJoCo Menagerie's robots; none where its package is not installed."""
+    try:
+        return import_module("mujoco_menagerie").names()
+    except ImportError:
+        return []
 
 
 def drawn(factors: Iterable[str]) -> str | dict[str, str]:
@@ -96,6 +106,8 @@ def _make(name: str, options: dict[str, Any]) -> gymnasium.Env:
     if module:
         import_module(module)
     spec = gymnasium.registry.get(plain)
+    if spec is None and plain in robots():
+        plain, options = "jepa_world/Robot-v0", {"robot": plain, **options}
     if spec is not None and _is_of_gymnasium(spec):
         from jepa_world.envs.adapters import picture_env
 
@@ -120,9 +132,11 @@ def _is_of_gymnasium(spec: EnvSpec) -> bool:
 
 
 def _nearest(name: str) -> str:
-    near = get_close_matches(name, [*SHORT_NAMES, *gymnasium.registry], n=1, cutoff=0.5)
+    known = [*SHORT_NAMES, *gymnasium.registry, *robots()]
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; nearest: {near[0]}" if near else ""
-    return f"{hint}; known: {', '.join(SHORT_NAMES)}, any Gymnasium id, or module:Id-v0"
+    robot = "a robot of MuJoCo Menagerie (pip install 'jepa-world[menagerie]')"
+    return f"{hint}; known: {', '.join(SHORT_NAMES)}, any Gymnasium id, module:Id-v0, or {robot}"
 
 
 _TASKS = (  # id, module, class, options
@@ -137,6 +151,7 @@ _TASKS = (  # id, module, class, options
     ("Arm", "arm", "ArmEnv", {"control": "tip"}),
     ("ArmJoint", "arm", "ArmEnv", {"control": "joint"}),
     ("Cube", "cube", "CubeEnv", {}),
+    ("Robot", "robot", "RobotEnv", {}),
 )
 for _id, _module, _class, _options in _TASKS:
     gymnasium.register(

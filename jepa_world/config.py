@@ -28,6 +28,8 @@ import yaml
 from jepa_world.registry import PARTS, UserError, class_path, load_class, require_trust
 
 C = TypeVar("C")
+OR_ROBOT = tyro.conf.arg(aliases=("--robot",))
+"""Of a field that names an environment, which a robot of MuJoCo Menagerie is too."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium
 import numpy as np
 
 import jepa_world
 from jepa_world import envs
+from jepa_world.config import OR_ROBOT
 from jepa_world.data.trajectories import (
     Trajectories,
     is_complete,
@@ -37,8 +38,9 @@ from jepa_world.registry import UserError
 class Collect:
     """Collect trajectories of an environment."""
 
-    env: str = "reach"
-    """Environment: `reach`, `push` and others (docs/envs.md), any Gymnasium id, or module:Id-v0."""
+    env: Annotated[str, OR_ROBOT] = "reach"
+    """The environment: `reach` and others (docs/envs.md), any Gymnasium id, module:Id-v0, or a robot
+    of MuJoCo Menagerie (franka_emika_panda)."""
     policy: PolicyName | None = None
     """Who acts: smooth random actions, the environment's guide, or its expert, which goes to the
     goal; default: guided where the environment has a guide, else random."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import mujoco
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jepa_world import envs
 from jepa_world.agent import Agent
 from jepa_world.commands import prepare_process
-from jepa_world.config import Part, part_options, require_at_least
+from jepa_world.config import OR_ROBOT, Part, part_options, require_at_least
 from jepa_world.envs.ahead import GoalsAhead
 from jepa_world.envs.blocks import ActionBlocks
 from jepa_world.envs.recorder import Recorder
@@ -47,8 +47,9 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 class Planning:
     """What planning needs, whether it is shown or measured."""
 
-    env: str = "reach"
-    """The environment: `reach`, or any Gymnasium id (module:Id-v0)."""
+    env: Annotated[str, OR_ROBOT] = "reach"
+    """The environment: `reach` and others (docs/envs.md), any Gymnasium id, module:Id-v0, or a robot
+    of MuJoCo Menagerie (franka_emika_panda)."""
     planner: Part = Part("cem")
     """Minimises the objective."""
     objective: tuple[str, ...] | None = None

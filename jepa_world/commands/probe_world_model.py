@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +18,7 @@ from jepa_world.checkpoint import find_checkpoint
 from jepa_world.commands import prepare_process
 from jepa_world.commands.collect import play
 from jepa_world.commands.plan import Planning, open_env, shipped, stride_of
-from jepa_world.config import require_at_least
+from jepa_world.config import OR_ROBOT, require_at_least
 from jepa_world.data.trajectories import Trajectories, write_shard
 from jepa_world.envs import Quantity
 from jepa_world.envs.recorder import STATE_COLUMNS
@@ -51,7 +51,7 @@ class ProbeWorldModel:
     Without arguments: the model of `reach` that comes with the package.
     """
 
-    env: str | None = None
+    env: Annotated[str | None, OR_ROBOT] = None
     """The environment: `reach`, or any Gymnasium id; default: the checkpoint's own."""
     checkpoint: Path | None = None
     """A run folder of train_world_model; default: the model shipped for the environment."""
