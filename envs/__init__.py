@@ -31,7 +31,10 @@ SHORT_NAMES = {
     "cube": "jepa_world/Cube-v0",
 }
 
-EXTRAS = {"imageio": "gymnasium", "ogbench": "ogbench", "mujoco_menagerie": "menagerie"}  # module that is missing -> what brings it
+EXTRAS = {  # module that is missing -> what brings it
+    "imageio": "gymnasium",
+    "ogbench": "ogbench",
+}
 
 
 class Quantity(NamedTuple):

@@ -237,6 +237,6 @@ def _with_views(robot: str) -> mujoco.MjModel:
 def _check(robot: str, model: mujoco.MjModel) -> None:
     kinds = (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE)
     if not np.isin(model.jnt_type, kinds).all():
-        raise ValueError(f"robot {robot!r} has a free base or ball joints; expected one on its base")
+        raise ValueError(f"robot {robot!r} has a free base or ball joints")
     if model.nu == 0 or not model.actuator_ctrllimited.all():
         raise ValueError(f"robot {robot!r} has no actuators, or one of no stated range (ctrlrange)")

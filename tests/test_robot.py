@@ -1,4 +1,4 @@
-"""A robot of MuJoCo Menagerie's package is an environment like the others, fetched or told why not."""
+"""A robot of MuJoCo Menagerie's package is an environment as others are."""
 
 import numpy as np
 import pytest

@@ -39,8 +39,8 @@ class Collect:
     """Collect trajectories of an environment."""
 
     env: Annotated[str, OR_ROBOT] = "reach"
-    """The environment: `reach` and others (docs/envs.md), any Gymnasium id, module:Id-v0, or a robot
-    of MuJoCo Menagerie (franka_emika_panda)."""
+    """The environment: `reach` and others (docs/envs.md), any Gymnasium id, module:Id-v0, or a
+    robot of MuJoCo Menagerie (franka_emika_panda)."""
     policy: PolicyName | None = None
     """Who acts: smooth random actions, the environment's guide, or its expert, which goes to the
     goal; default: guided where the environment has a guide, else random."""

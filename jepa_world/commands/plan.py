@@ -48,8 +48,8 @@ class Planning:
     """What planning needs, whether it is shown or measured."""
 
     env: Annotated[str, OR_ROBOT] = "reach"
-    """The environment: `reach` and others (docs/envs.md), any Gymnasium id, module:Id-v0, or a robot
-    of MuJoCo Menagerie (franka_emika_panda)."""
+    """The environment: `reach` and others (docs/envs.md), any Gymnasium id, module:Id-v0, or a
+    robot of MuJoCo Menagerie (franka_emika_panda)."""
     planner: Part = Part("cem")
     """Minimises the objective."""
     objective: tuple[str, ...] | None = None
