@@ -146,9 +146,10 @@ class RobotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
         Starts from the present state, which is left as it was; nothing is rendered.
         """
-        asked, given = self._asked, np.empty(np.shape(actions))
-        for step in range(given.shape[1]):
-            asked = _moved(asked, np.asarray(actions, np.float64)[:, step])
+        actions = np.asarray(actions, np.float64)
+        asked, given = self._asked, np.empty_like(actions)
+        for step in range(actions.shape[1]):
+            asked = _moved(asked, actions[:, step])
             given[:, step] = self._control(asked)
         positions = self._scene.imagine(given)
         return np.apply_along_axis(self._distances, -1, positions)
