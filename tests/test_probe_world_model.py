@@ -163,7 +163,7 @@ def test_a_dataset_gives_the_frames_that_judge(call, tiny_run, tiny_data, tmp_pa
     ("words", "message"),
     [
         (("--env", "push", "--checkpoint", "tiny"), "trained for env 'jepa_world/Reach-v0', not"),
-        (("--env", "cube"), "no model is shipped for env 'cube'"),
+        (("--env", "arm_joint"), "no model is shipped for env 'arm_joint'"),
         (("--checkpoint", "nowhere"), "no checkpoint in 'nowhere'"),
         (
             ("--env", "reach", "--checkpoint", "lejepa"),
