@@ -31,10 +31,7 @@ SHORT_NAMES = {
     "cube": "jepa_world/Cube-v0",
 }
 
-EXTRAS = {  # module that is missing -> what brings it
-    "imageio": "gymnasium",
-    "ogbench": "ogbench",
-}
+EXTRAS = {"imageio": "gymnasium", "ogbench": "ogbench"}  # module that is missing -> what brings it
 
 
 class Quantity(NamedTuple):
