@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from jepa_world import Agent
-from jepa_world.commands.plan import Planning
+from jepa_world.commands.plan import HORIZON
 from jepa_world.commands.train_world_model import TrainWorldModel, build_method
 from jepa_world.config import parse, to_dict
 from jepa_world.memory import keep_freed_memory
@@ -100,7 +100,7 @@ def step_seconds(config: TrainWorldModel, size: int, *, steps: int = 10) -> floa
 
 def plan_seconds(model: WorldModel, size: int, *, plans: int = 5) -> float:
     """Return the CPU time of a plan: the least of some."""
-    horizon, bound = Planning().horizon, torch.ones(ACTIONS)
+    horizon, bound = HORIZON, torch.ones(ACTIONS)
     agent = Agent(model.eval(), CEM(-bound, bound, horizon), torch.zeros(horizon, ACTIONS))
     picture = torch.randint(0, 256, (1, size, size, 3), dtype=torch.uint8)
     agent.reset(picture)

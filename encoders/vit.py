@@ -5,6 +5,7 @@ CLS token. (ViT, https://arxiv.org/abs/2010.11929, section 3.1; tubelets as in V
 https://arxiv.org/abs/2404.08471, section 3.)
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from jepa_world.encoders.conv import ConvEncoder
 from jepa_world.nn import (
     Block,
     Projector,
@@ -56,6 +58,9 @@ class ViTEncoder(nn.Module):
             the preset's.
         positions: Added to the patches (I-JEPA, V-JEPA), or turning queries and keys in every block
             (V-JEPA 2).
+        stem: Channels of the first stage of a convolutional network that embeds every patch by
+            itself, halving it until 4 pixels a side are left
+            (https://arxiv.org/abs/2106.14881); 0 is a linear map.
         standardise: Bring every clip to mean 0 and deviation 1 first: brightness and contrast of
             the whole are not seen then.
         normalise: Bring every token to mean 0 and deviation 1 last: the latents of V-JEPA 2-AC.
@@ -88,6 +93,7 @@ class ViTEncoder(nn.Module):
         heads: int | None = None,
         mlp_ratio: float | None = None,
         positions: Literal["sincos", "rotary"] = "sincos",
+        stem: int = 0,
         standardise: bool = False,
         normalise: bool = False,
     ) -> None:
@@ -97,7 +103,10 @@ class ViTEncoder(nn.Module):
         self.patch, self.tubelet, self.rotates = patch, tubelet, positions == "rotary"
         self.standardise, self.normalise = standardise, normalise
         self._fit(observation_shape)
-        self.embed = nn.Linear(tubelet * patch * patch * observation_shape[1], self.dim)
+        numbers = (tubelet, patch, patch, observation_shape[1])
+        self.embed = (
+            ConvStem(numbers, self.dim, stem) if stem else nn.Linear(math.prod(numbers), self.dim)
+        )
         self.blocks = nn.ModuleList(
             Block(self.dim, self.heads, mlp_ratio=mlp_ratio or preset_ratio)
             for _ in range(depth or preset_depth)
@@ -177,6 +186,33 @@ class ViTEncoder(nn.Module):
             x = block(x, rotary=rotary)
         x = self.norm(x)
         return F.layer_norm(x, (self.dim,)) if self.normalise else x
+
+
+class ConvStem(nn.Module):
+    """Embed patches by convolutions, each by itself: none shows what its neighbours hold.
+
+    Args:
+        shape: `(p, q, q, c)` of a patch: frames, rows, columns, channels.
+        dim: Width of the tokens.
+        width: Channels of the first stage; every later one has twice as many.
+
+    Raises:
+        ValueError: a side that halvings do not lead to 4.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], dim: int, width: int) -> None:
+        super().__init__()
+        self.shape = frames, side, _, channels = shape
+        stages = side.bit_length() - 3
+        if stages < 1 or side != 4 << stages:
+            raise ValueError(f"a stem takes patches of 8, 16, 32 ... pixels a side, got {side}")
+        patch = (1, frames * channels, side, side)
+        self.conv = ConvEncoder(patch, dim=dim, width=width, stages=stages)
+
+    def forward(self, patches: Float[Tensor, "b l pqrc"]) -> Float[Tensor, "b l d"]:
+        """Return a token of every patch, whose numbers are in the order of `shape`."""
+        pixels = patches.unflatten(2, self.shape)
+        return self.conv(rearrange(pixels, "b l p q r c -> b l (p c) q r")).squeeze(2)
 
 
 class PooledViTEncoder(nn.Module):

@@ -124,14 +124,14 @@ def parse(config_class: type[C], arguments: Sequence[str], *, program: str) -> C
 
 
 def require_at_least(config: Any, group: str = "", /, **least: float) -> None:
-    """Check that numbers of a configuration, or of a group in it, are not too small.
+    """Check that numbers of a configuration, or of a group in it, are not too small, if given.
 
     Raises:
         UserError: naming the flag, the number and the least one.
     """
     for name, bound in least.items():
-        given = cast(float, vars(config)[name])
-        if not given >= bound:
+        given = cast(float | None, vars(config)[name])
+        if given is not None and not given >= bound:
             raise UserError(f"--{group}{name.replace('_', '-')} is {given}: give at least {bound}")
 
 

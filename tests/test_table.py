@@ -130,7 +130,7 @@ def test_methods_of_one_kind_are_told_apart_by_their_flags_and_the_same_twice_is
     rows = table_of(table.page(folders).split("### push")[0])
     names = [name for name in rows if name.startswith("conv + mlp, sigreg")]
     assert names == [
-        "conv + mlp, sigreg `--horizon 10` `--predictor.width 256`",
+        "conv + mlp, sigreg `--horizon None` `--predictor.width 256`",
         "conv + mlp, sigreg `--horizon 5` `--predictor.width 512`",
     ]
     assert sum(cell != "-" for cell in rows[names[0]].values()) == 8  # both protocols

@@ -39,6 +39,7 @@ from jepa_world.search import SingleActions
 from jepa_world.testing import check_objective, check_planner
 
 LEARNED = "learned"  # the name of the objective that a checkpoint holds
+HORIZON, IN_BLOCKS = 10, 5  # steps of a plan, by default; of one whose steps are several actions
 NARROW = 0.15  # deviation of a search around a policy's plan, in units of half the action range
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
@@ -55,8 +56,9 @@ class Planning:
     objective: tuple[str, ...] | None = None
     """What a plan costs: names (summed_distance, learned, effort, smoothness, module:function) with
     weights, effort=0.1. Default: learned, with a checkpoint of train_cost, else summed_distance."""
-    horizon: int = 10
-    """Steps of a plan; only the first is executed before planning again."""
+    horizon: int | None = None
+    """Steps of a plan; only the first is executed before planning again. Default: 10, and 5 where a
+    step of the model is several actions."""
     history: int = 1
     """Past observations given to the predictor."""
     budget: int | None = None
@@ -324,17 +326,18 @@ def make_planners(
     known = [option.name for option in part_options("planner", config.planner.name)]
     stride = env.get_wrapper_attr("stride") if env.has_wrapper_attr("stride") else 1
     own = space.shape[0] // stride
+    horizon = config.horizon or (HORIZON if stride == 1 else IN_BLOCKS)
 
     def build(seed: int) -> Planner:
         options = dict(config.planner.options)
         if "seed" in known:
             options["seed"] = options.get("seed", 0) + config.seed + seed
         part = Part(config.planner.name, options)
-        planner: Planner = part.build("planner", low, high, config.horizon)
+        planner: Planner = part.build("planner", low, high, horizon)
         if stride == 1 or getattr(planner, "needs_latents", False):
             return planner
-        single = part.build("planner", low[:own], high[:own], config.horizon * stride)
+        single = part.build("planner", low[:own], high[:own], horizon * stride)
         return SingleActions(single, stride)
 
-    check_planner(lambda: build(0), low, high, config.horizon)
-    return build, torch.zeros(config.horizon, *space.shape)
+    check_planner(lambda: build(0), low, high, horizon)
+    return build, torch.zeros(horizon, *space.shape)

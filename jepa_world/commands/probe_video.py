@@ -31,6 +31,7 @@ from jepa_world.registry import UserError
 from jepa_world.runs import Run
 from jepa_world.training import Training, make_accelerator, train
 
+BY_PLACE = 2048  # numbers of a clip that a probe by place takes
 Pixels = UInt8[np.ndarray, "n t hh ww c"]
 
 
@@ -154,9 +155,10 @@ def values_by_encoder(
     test: Clips,
     config: ProbeVideo,
 ) -> dict[str, dict[str, float]]:
-    """Return R^2 of every number: an attentive probe of all tokens, and the last step by place.
+    """Return R^2 of every number: an attentive probe of all tokens, and probes that know places.
 
-    Of clips, and of clips whose last frame stands still: what one frame gives.
+    These read the last step, and all steps where they hold no more than `BY_PLACE` numbers. Of
+    clips, and of clips whose last frame stands still: what one frame gives.
     """
     if not training.values:
         return {}
@@ -168,11 +170,13 @@ def values_by_encoder(
     for name, encoder in known.items():
         for seen, view in (("", np.asarray), (", the last frame alone", still)):
             fit_z, z = (clip_tokens(encoder, view(clips)) for clips in (fit, pixels))
-            fit_last, last = (tokens[:, -encoder.num_tokens :] for tokens in (fit_z, z))
-            for how, r2 in (
-                ("", attentive_r2(fit_z, fit_y, z, y, seed=config.seed)),
-                (", last step by place", placed_r2(fit_last, fit_y, last, y, seed=config.seed)),
-            ):
+            found = {"": attentive_r2(fit_z, fit_y, z, y, seed=config.seed)}
+            spans = {", last step by place": encoder.num_tokens, ", all by place": z.shape[1]}
+            for how, tokens in spans.items():
+                if tokens == encoder.num_tokens or tokens * encoder.dim <= BY_PLACE:
+                    sets = fit_z[:, -tokens:], fit_y, z[:, -tokens:], y
+                    found[how] = placed_r2(*sets, seed=config.seed)
+            for how, r2 in found.items():
                 told = zip(training.values, r2.tolist(), strict=True)
                 rows[name + seen + how] = {k: round(v, 4) for k, v in told}
     return rows

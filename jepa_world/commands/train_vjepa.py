@@ -75,8 +75,12 @@ class PredictFlags:
     share: float = 1.0
     """Share of the hidden tokens that is predicted: less is cheaper. Below 1 the context is drawn
     token by token from what is no target."""
+    seen: float | None = None
+    """Share of the tokens that is seen. Default: a quarter in short masks, a tenth in others."""
     distance: Distance = "l2"
     """Between tokens predicted and tokens to predict; V-JEPA has l1 with its teacher."""
+    stop_gradient: bool = True
+    """Targets are taken as given. Without, hidden tokens learn to be foretold, too."""
 
 
 @dataclass(frozen=True)
@@ -298,10 +302,12 @@ def describe(config: TrainVjepa, shape: tuple[int, ...]) -> dict[str, Any]:
         "masked_predictor": to_dict(config)["masked_predictor"],
         "masks": list(config.predict.masks),
         "predict": config.predict.share,
+        "seen": config.predict.seen,
         "teacher": teacher if config.teacher == "ema" else None,
         "views": {"crop": crop, "colour": colour},
         "whole": whole,
         "distance": config.predict.distance,
+        "stop_gradient": config.predict.stop_gradient,
         "sigreg": {"slices": 64, "seed": config.seed, "weight": weight},
         "jepa_world": jepa_world.__version__,
     }
@@ -468,4 +474,8 @@ def check(config: TrainVjepa) -> None:
         raise UserError("--predict.masks: give at least one of short, long and random")
     if not 0 < config.predict.share <= 1:
         raise UserError(f"--predict.share {config.predict.share}: give a share in (0, 1]")
+    if config.predict.seen is not None and not 0 < config.predict.seen < 1:
+        raise UserError(f"--predict.seen {config.predict.seen}: give a share in (0, 1)")
+    if config.teacher == "ema" and not config.predict.stop_gradient:
+        raise UserError("--predict.no-stop-gradient: a teacher's targets have no gradient, drop one")
     check_objective(config.views, config.weights)

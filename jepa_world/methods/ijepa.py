@@ -4,8 +4,8 @@
                          + whole * ((1 - s) |q - q*|^2 + s * SIGReg(q))
     with teacher: loss = smooth-L1(predict(z_context) - normalise(z_teacher))
 
-z* are the target tokens as the same encoder sees them together, without gradient; targets and what
-SIGReg sees are centred at every position over the batch, so that a token cannot score with what its
+z* are the target tokens as the same encoder sees them together, without gradient unless
+`stop_gradient` is off; targets and what SIGReg sees are centred at every position over the batch, so that a token cannot score with what its
 position tells. q is a projection of the mean context token, q* that of the mean target token: what
 is seen foretells what is hidden as a whole. Context and targets may be two views of an image.
 An image is a clip of one frame: `methods.vjepa` builds the same two classes for video.
@@ -98,6 +98,8 @@ class IJEPA(nn.Module):
         shape: `(t, c, hh, ww)` of the clips that the parts are built for. Batches of other shapes
             are then allowed: the parts are taken for these, and share their weights.
         distance: Between tokens predicted and tokens to predict.
+        stop_gradient: Whether targets are taken as given. Without, what is hidden learns to be
+            foretold, too, and SIGReg alone keeps it apart (LeJEPA, LeWorldModel).
 
     Example:
         >>> import torch
@@ -126,6 +128,7 @@ class IJEPA(nn.Module):
         share: float = 0.04,
         shape: Shape | None = None,
         distance: Distance = "l2",
+        stop_gradient: bool = True,
     ) -> None:
         super().__init__()
         self.encoder: Encoder = encoder  # type: ignore[assignment]
@@ -133,6 +136,7 @@ class IJEPA(nn.Module):
         self.sigreg, self.masks, self.views = sigreg, masks, views
         self.shape = shape
         self.distance: Distance = distance
+        self.stop_gradient = stop_gradient
         self.projector = projection_head(self.encoder.dim, 128, 64) if whole else None
         self.weights = {"prediction": 1.0, "sigreg": weight}
         if whole:
@@ -164,16 +168,16 @@ class IJEPA(nn.Module):
         latent = z.detach().mean(1)
         return Output(loss, {name: term.detach() for name, term in terms.items()}, latent)
 
-    @torch.no_grad()
     def targets(
         self, video: Float[Tensor, "b t c hh ww"], masks: Masks
     ) -> tuple[Float[Tensor, "b m d"], Tensor]:
         """Return the tokens to predict, all that the pass computes, and their projected mean."""
         groups = masks.target.chunk(-(-masks.target.shape[1] // GROUP), 1)
-        parts = [self.encoder(video, keep=group) for group in groups]
-        z = _full_precision(torch.cat(parts, 1))
-        mean = z.mean(1) if self.projector is None else self.projector(z.mean(1))
-        return centre_positions(z, masks.target, _length(self.encoder)), _full_precision(mean)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
+            parts = [self.encoder(video, keep=group) for group in groups]
+            z = _full_precision(torch.cat(parts, 1))
+            mean = z.mean(1) if self.projector is None else self.projector(z.mean(1))
+            return centre_positions(z, masks.target, _length(self.encoder)), _full_precision(mean)
 
 
 class TeacherIJEPA(nn.Module):
@@ -346,6 +350,7 @@ def assemble(
         slices, seed, weight = (description["sigreg"][key] for key in ("slices", "seed", "weight"))
         smallest, colour = (float(description["views"][key]) for key in ("crop", "colour"))
         whole, teacher = float(description["whole"]), description["teacher"]
+        stop_gradient = bool(description.get("stop_gradient", True))
         momentum, steps = (teacher["momentum"], teacher["steps"]) if teacher is not None else (0, 0)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"not the description of {name}: {error!r}") from error
@@ -379,6 +384,7 @@ def assemble(
         views=views,
         shape=built_for,
         distance=distance,
+        stop_gradient=stop_gradient,
     )
 
 

@@ -15,10 +15,20 @@ from jepa_world.methods.ijepa import IJEPA, DrawMasks, TeacherIJEPA, assemble
 from jepa_world.registry import UserError
 
 MaskKind = Literal["short", "long", "random"]
+KINDS: dict[MaskKind, tuple[float, float | None]] = {  # share that is seen, area of a block
+    "short": (0.25, 0.15),
+    "long": (0.1, 0.7),
+    "random": (0.1, None),
+}
 
 
 def tube_masks(
-    kinds: tuple[MaskKind, ...], grid: Grid, *, predict: float = 1.0, seed: int = 0
+    kinds: tuple[MaskKind, ...],
+    grid: Grid,
+    *,
+    predict: float = 1.0,
+    seen: float | None = None,
+    seed: int = 0,
 ) -> TurnsOfMasks:
     """Return the masks of V-JEPA, one kind a step in turn.
 
@@ -27,6 +37,7 @@ def tube_masks(
             tenth, blocks of .7; `random` sees a tenth, places drawn one by one.
         grid: Of the tokens.
         predict: Share of the hidden tokens that is predicted; with 1 every token is seen or told.
+        seen: Share of the tokens that is seen, in place of what each kind has.
         seed: Of the masks.
 
     Raises:
@@ -38,12 +49,16 @@ def tube_masks(
         >>> masks.context.shape, masks.target.shape
         (torch.Size([4, 72]), torch.Size([4, 216]))
     """
-    drawn = {
-        "short": lambda: MultiBlockMasks(grid, 0.25, 0.75 * predict, (0.15, 0.15), seed=seed),
-        "long": lambda: MultiBlockMasks(grid, 0.1, 0.9 * predict, (0.7, 0.7), seed=seed),
-        "random": lambda: RandomMasks(grid, 0.1, 0.9 * predict, seed=seed),
-    }
-    return TurnsOfMasks(tuple(drawn[kind]() for kind in kinds))
+
+    def drawn(kind: MaskKind) -> MultiBlockMasks | RandomMasks:
+        context, area = KINDS[kind]
+        context = context if seen is None else seen
+        target = (1 - context) * predict
+        if area is None:
+            return RandomMasks(grid, context, target, seed=seed)
+        return MultiBlockMasks(grid, context, target, (area, area), seed=seed)
+
+    return TurnsOfMasks(tuple(map(drawn, kinds)))
 
 
 def build_vjepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
@@ -55,7 +70,8 @@ def build_vjepa(description: dict[str, Any]) -> IJEPA | TeacherIJEPA:
 
     def masks(grid: Grid, seed: int) -> DrawMasks:
         kinds, share = tuple(description["masks"]), float(description["predict"])
-        return tube_masks(kinds, grid, predict=share, seed=seed)
+        seen = description.get("seen")
+        return tube_masks(kinds, grid, predict=share, seen=seen, seed=seed)
 
     distance = description.get("distance")
     if distance not in DISTANCES:
