@@ -272,4 +272,5 @@ def _initialise(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:  # a stem's maps have none
+            nn.init.zeros_(module.bias)

@@ -23,9 +23,16 @@ SMALL_VIT: dict[str, Any] = {"depth": 2, "heads": 2}
             ViTEncoder((4, 3, 16, 24), tubelet=2, dim=64, positions="rotary", **SMALL_VIT),
             (4, 3, 16, 24),
         ),
+        (
+            ViTEncoder((4, 6, 16, 24), tubelet=2, dim=64, stem=4, **SMALL_VIT),
+            (4, 6, 16, 24),
+        ),
         (PooledViTEncoder(FRAME, width=64, **SMALL_VIT), FRAME),
     ],
-    ids=["conv", "conv-mlp", "vit", "vit-clip", "vit-rotary", "vit-rotary-clip", "vit-pooled"],
+    ids=[
+        *("conv", "conv-mlp", "vit", "vit-clip", "vit-rotary", "vit-rotary-clip", "vit-stem"),
+        "vit-pooled",
+    ],
 )
 def test_encoder_keeps_its_contract(encoder, shape):
     check_encoder(encoder, shape)
@@ -52,8 +59,9 @@ def test_conv_under_bfloat16_autocast_still_gives_float32_latents():
     torch.testing.assert_close(half, full, atol=0.05, rtol=0.05)
 
 
-def test_vit_computes_kept_tokens_from_their_own_pixels_only():
-    encoder = ViTEncoder(FRAME, dim=64, **SMALL_VIT).eval()
+@pytest.mark.parametrize("stem", [0, 4])
+def test_vit_computes_kept_tokens_from_their_own_pixels_only(stem):
+    encoder = ViTEncoder(FRAME, dim=64, stem=stem, **SMALL_VIT).eval()
     video, keep = torch.rand(2, *FRAME), torch.tensor([[0, 1, 4], [5, 0, 1]])
     changed = video.clone()
     changed[..., 16:, :] = 0.0  # patches 8 to 15
@@ -102,6 +110,8 @@ def test_vit_names_sizes_that_do_not_divide():
         ViTEncoder((1, 3, 30, 32))
     with pytest.raises(ValueError, match=r"3 x 32 x 32 .* patches of 2 x 8 x 8"):
         ViTEncoder((3, 3, 32, 32), tubelet=2)
+    with pytest.raises(ValueError, match="a stem takes patches of 8, 16, 32"):
+        ViTEncoder((1, 3, 24, 24), patch=12, stem=4)
     with pytest.raises(ValueError, match="built for clips of 4 frames, got 6"):
         ViTEncoder((4, 3, 16, 16), dim=64, **SMALL_VIT)(torch.rand(1, 6, 3, 16, 16))
 

@@ -147,6 +147,8 @@ def test_an_encoder_of_images_starts_one_of_videos(call, videos, pictures, tmp_p
         (("--views", 0, 0), "--views"),
         (("--predict.masks", "tall"), "tall"),
         (("--predict.share", 0), "--predict.share 0"),
+        (("--predict.seen", 1), "--predict.seen 1"),
+        (("--teacher", "ema", "--predict.no-stop-gradient"), "targets have no gradient"),
         (("--predict.distance", "l3"), "l3"),
         (("--data", "nowhere"), "no videos at 'nowhere'"),
         (("--start", "nowhere"), "nowhere"),

@@ -59,6 +59,26 @@ def test_a_tube_goes_through_all_frames(kind):
     assert (((hidden > 0) & (hidden < 4)).sum(1) <= 1).all()
 
 
+def test_the_share_that_is_seen_can_be_chosen():
+    masks = tube_masks(("random", "long"), (8, 1, 1), seen=0.75)
+    for step in range(2):
+        drawn = masks(torch.arange(3), step)
+        assert drawn.context.shape == (3, 6) and drawn.target.shape == (3, 2)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_gradient_reaches_the_targets_when_it_is_not_stopped(stop):
+    method = built(DESCRIPTION | {"stop_gradient": stop, "views": {"crop": 1.0, "colour": 0.0}})
+    clips = torch.rand(4, 4, 3, 16, 16)
+    masks = tube_masks(("short",), method.encoder.grid)(torch.arange(4), 0)
+    tokens, mean = method.targets(clips, masks)
+    assert tokens.requires_grad is mean.requires_grad is not stop
+    with torch.no_grad():
+        same, _ = method.targets(clips, masks)
+    torch.testing.assert_close(tokens.detach(), same)
+    assert not same.requires_grad
+
+
 def test_kinds_of_masks_take_turns():
     masks = tube_masks(("short", "long"), GRID)
     shares = [masks(torch.arange(2), step).context.shape[1] for step in range(4)]
