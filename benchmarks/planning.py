@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jepa_world import Agent, SIGReg, WorldModel, load_world_model
 from jepa_world.agent import GoalCost
 from jepa_world.commands.plan import (
-    HORIZON,
+    HORIZON as USUAL_HORIZON,
     Planning,
     budget_of,
     make_planners,
@@ -321,7 +321,7 @@ def reach_agent(episodes: int = 1, **options: int) -> tuple[Agent, Tensor]:
     keep_freed_memory()
     model, description = load_world_model(shipped("reach"))
     config, bound = Planning(), torch.ones(description["action_dim"])
-    horizon = options.pop("horizon", HORIZON)
+    horizon = options.pop("horizon", USUAL_HORIZON)
     planner = CEM(-bound, bound, horizon, **{**config.planner.options, **options})
     _, channels, rows, columns = description["observation_shape"]
     pictures = torch.randint(0, 256, (episodes, rows, columns, channels), dtype=torch.uint8)

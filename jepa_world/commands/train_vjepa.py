@@ -477,5 +477,7 @@ def check(config: TrainVjepa) -> None:
     if config.predict.seen is not None and not 0 < config.predict.seen < 1:
         raise UserError(f"--predict.seen {config.predict.seen}: give a share in (0, 1)")
     if config.teacher == "ema" and not config.predict.stop_gradient:
-        raise UserError("--predict.no-stop-gradient: a teacher's targets have no gradient, drop one")
+        raise UserError(
+            "--predict.no-stop-gradient: a teacher's targets have no gradient, drop one"
+        )
     check_objective(config.views, config.weights)

@@ -5,10 +5,11 @@
     with teacher: loss = smooth-L1(predict(z_context) - normalise(z_teacher))
 
 z* are the target tokens as the same encoder sees them together, without gradient unless
-`stop_gradient` is off; targets and what SIGReg sees are centred at every position over the batch, so that a token cannot score with what its
-position tells. q is a projection of the mean context token, q* that of the mean target token: what
-is seen foretells what is hidden as a whole. Context and targets may be two views of an image.
-An image is a clip of one frame: `methods.vjepa` builds the same two classes for video.
+`stop_gradient` is off; targets and what SIGReg sees are centred at every position over the batch,
+so that a token cannot score with what its position tells. q is a projection of the mean context
+token, q* that of the mean target token: what is seen foretells what is hidden as a whole. Context
+and targets may be two views of an image. An image is a clip of one frame: `methods.vjepa` builds
+the same two classes for video.
 (I-JEPA, arXiv 2301.08243; SIGReg, 2511.08544. docs/ijepa.md has what else was tried.)
 """
 
