@@ -29,6 +29,8 @@ from jepa_world import Agent, SIGReg, WorldModel, load_world_model
 from jepa_world.agent import GoalCost
 from jepa_world.commands.plan import (
     HORIZON as USUAL_HORIZON,
+)
+from jepa_world.commands.plan import (
     Planning,
     budget_of,
     make_planners,
