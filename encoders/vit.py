@@ -198,6 +198,11 @@ class ConvStem(nn.Module):
 
     Raises:
         ValueError: a side that halvings do not lead to 4.
+
+    Example:
+        >>> import torch
+        >>> ConvStem((2, 16, 16, 3), 32, 8)(torch.rand(4, 9, 1536)).shape
+        torch.Size([4, 9, 32])
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dim: int, width: int) -> None:
