@@ -131,6 +131,8 @@ def judge(
 
     A probe is fitted on clips in order; the shuffled ones show what it then reads from order.
     """
+    if not training.classes:
+        return {}
     fit_z, z = clip_tokens(encoder, fit), clip_tokens(encoder, pixels)
     mixed = clip_tokens(encoder, shuffled(pixels, config.seed))
     rows: dict[str, dict[str, Any]] = {}
