@@ -15,7 +15,7 @@ import gymnasium
 import numpy as np
 
 from jepa_world.envs import Quantity, panda
-from jepa_world.envs.tasks import Factor, Scene, color, known_options, light, scaled, shifted
+from jepa_world.envs.tasks import Factor, Scene, Task, color, known_options, light, scaled, shifted
 
 import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
 
@@ -34,7 +34,7 @@ JOINT_RATES = tuple(Quantity(f"{joint.name} rate", "rad/s") for joint in JOINTS)
 TIP = tuple(Quantity(f"tip {axis}", "m") for axis in "xyz")
 
 
-class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class ArmEnv(Task):
     """A Panda arm over a table; the goal is a picture of the arm with its tip at another place.
 
     Observation: (size, size, 6) bytes, two views. Action: numbers in [-1, 1], held for 0.1 s. With
@@ -64,7 +64,6 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         >>> observation, reward, terminated, truncated, info = env.step(np.zeros(3, np.float32))
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
         "state": (*JOINTS, *JOINT_RATES),
         "proprio": (*TIP, *JOINTS),
@@ -81,18 +80,16 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ):
         if control not in ("tip", "joint"):
             raise ValueError(f"control is {control!r}, expected 'tip' or 'joint'")
-        self.render_mode = render_mode
-        self.budget = 20
-        self.tolerance = tolerance
         self._by_tip = control == "tip"
-        dims = 3 if self._by_tip else 7
-        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 6), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (dims,), np.float32)
-        self._scene = arm_scene("arm.xml", size=size, without=("left_finger", "right_finger"))
-        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
-        self._factors = factors
+        super().__init__(
+            arm_scene("arm.xml", size=size, without=("left_finger", "right_finger")),
+            actions=3 if self._by_tip else 7,
+            budget=20,
+            tolerance=tolerance,
+            factors=factors,
+            render_mode=render_mode,
+        )
         self._goal_tip = np.zeros(3)
-        self._goal_picture = self._observation = np.zeros((size, size, 6), np.uint8)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -118,17 +115,6 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._scene.data.act[:] = FINGER
         return self._observation, self._info()
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
-
-        Raises:
-            ValueError: an action of another shape, or one that is not finite.
-        """
-        action = within_bounds(action, self.action_space)
-        self._scene.data.qacc_warmstart[:] = 0.0  # as in imagine_controlled
-        self._observation = self._scene.step(self._control(self._scene.data.qpos, action))
-        return self._observation, -self.goal_distance(), False, False, self._info()
-
     def goal_distance(self) -> float:
         """Return the distance of the tip to the goal's tip now, in metres."""
         tip = panda.chain(self._scene.data.qpos[:7])[0]
@@ -153,13 +139,10 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         materials = ("upper", "lower", "wrist", "hand", "tip")
         return self._scene.implausible([*there, FINGER, FINGER], materials, generator)
 
-    def render(self) -> np.ndarray | None:
-        """Return the views of the last observation side by side, or None without a render mode."""
-        return side_by_side(self._observation) if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        """Free the OpenGL contexts."""
-        self._scene.close()
+    def _given(self, action: np.ndarray) -> np.ndarray:
+        action = within_bounds(action, self.action_space)
+        self._scene.data.qacc_warmstart[:] = 0.0  # as in imagine_controlled
+        return self._control(self._scene.data.qpos, action)
 
     def _control(self, positions: np.ndarray, action: np.ndarray) -> np.ndarray:
         """Return what actions (..., a) ask at positions (..., nq): arm and fingers (..., 9)."""
@@ -176,15 +159,12 @@ class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             if panda.chain(angles)[0][2] > CLEAR:
                 return angles
 
-    def _info(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         angles = self._scene.data.qpos[:7]
         return {
-            "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() <= self.tolerance,
             "state": np.concatenate([angles, self._scene.data.qvel[:7]]),
             "proprio": np.concatenate([panda.chain(angles)[0], angles]).astype(np.float32),
             "configuration": angles.copy(),
-            "factors": self._scene.values,
         }
 
 
@@ -271,8 +251,3 @@ def configuration(name: str, value: Any) -> np.ndarray:
         f"{name} is {value!r}, expected seven joint angles in radians within the limits of "
         "panda.py, or the place of the tip: three numbers, in metres from the base"
     )
-
-
-def side_by_side(frame: np.ndarray) -> np.ndarray:
-    """Return the views of a frame (hh, ww, 6) as one picture (hh, 2 ww, 3)."""
-    return np.concatenate([frame[..., :3], frame[..., 3:]], 1)

@@ -10,7 +10,6 @@ views are nearer, so that the fingers, which close along y, are seen to be open 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from jepa_world.envs import Quantity, panda
@@ -22,10 +21,9 @@ from jepa_world.envs.arm import (
     TIP_SPEED,
     arm_scene,
     lead_tip,
-    side_by_side,
     within_bounds,
 )
-from jepa_world.envs.tasks import known_options
+from jepa_world.envs.tasks import Task, known_options
 
 VIEWS = ("near_front", "near_side")
 FINGER_SPEED = 0.15  # m/s of each finger, of an action of 1: open to closed in 3 steps
@@ -38,7 +36,7 @@ FAR = 0.10  # metres; the cube moves less in a step
 ABOVE = 0.12  # metres above the cube, where the hand comes from and goes to
 
 
-class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class CubeEnv(Task):
     """A Panda arm with two fingers over a cube; the goal is a picture of the cube elsewhere.
 
     Observation: (size, size, 6) bytes, two views. Action: four numbers in [-1, 1], held for 0.1 s:
@@ -70,7 +68,6 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         True
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
         "state": (
             *JOINTS,
@@ -93,17 +90,16 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         factors: Any = None,
         render_mode: str | None = None,
     ):
-        self.render_mode = render_mode
-        self.budget = 50
-        self.tolerance = tolerance
-        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 6), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
-        self._scene = arm_scene("cube.xml", size=size, without=("ball",), views=VIEWS)
-        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
-        self._factors = factors
+        super().__init__(
+            arm_scene("cube.xml", size=size, without=("ball",), views=VIEWS),
+            actions=4,
+            budget=50,
+            tolerance=tolerance,
+            factors=factors,
+            render_mode=render_mode,
+        )
         self._home = panda.posture(HOME)
         self._goal_cube = np.zeros(3)
-        self._goal_picture = self._observation = np.zeros((size, size, 6), np.uint8)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -126,17 +122,6 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._observation = self._scene.place(start[:16])
         self._scene.data.act[:] = start[16:]
         return self._observation, self._info()
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
-
-        Raises:
-            ValueError: an action of another shape, or one that is not finite.
-        """
-        action = within_bounds(action, self.action_space)
-        self._scene.data.qacc_warmstart[:] = 0.0  # as in imagine_controlled
-        self._observation = self._scene.step(_control(self._scene.data.qpos, action))
-        return self._observation, -self.goal_distance(), False, False, self._info()
 
     @property
     def tip(self) -> np.ndarray:
@@ -219,13 +204,10 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             there[9:12] = [*generator.uniform(*FIELD), HALF]
         return self._scene.implausible(there, ("cube",), generator)
 
-    def render(self) -> np.ndarray | None:
-        """Return the views of the last observation side by side, or None without a render mode."""
-        return side_by_side(self._observation) if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        """Free the OpenGL contexts."""
-        self._scene.close()
+    def _given(self, action: np.ndarray) -> np.ndarray:
+        action = within_bounds(action, self.action_space)
+        self._scene.data.qacc_warmstart[:] = 0.0  # as in imagine_controlled
+        return _control(self._scene.data.qpos, action)
 
     def _whole(self, name: str, value: Any, *, held: bool) -> np.ndarray:
         value = np.asarray(value, np.float64)
@@ -241,15 +223,12 @@ class CubeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             value = np.concatenate([arm, fingers, place, [1.0, 0.0, 0.0, 0.0], fingers])
         return value
 
-    def _info(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         data = self._scene.data
         return {
-            "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() <= self.tolerance,
             "state": np.concatenate([data.qpos, data.qvel]),
             "proprio": np.append(self.tip, data.qpos[7]).astype(np.float32),
             "configuration": np.concatenate([data.qpos, data.act]),
-            "factors": self._scene.values,
         }
 
 

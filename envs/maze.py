@@ -13,11 +13,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from jepa_world.envs import Quantity
-from jepa_world.envs.tasks import Factor, Scene, camera, color, extent, known_options, light, zoom
+from jepa_world.envs.tasks import (
+    Factor,
+    Scene,
+    Task,
+    camera,
+    color,
+    extent,
+    known_options,
+    light,
+    zoom,
+)
 
 import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
 
@@ -56,7 +65,7 @@ LAYOUTS = {
 }
 
 
-class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class MazeEnv(Task):
     """A ball of 3 cm radius rolls through a maze of cells of 10 cm; the goal is a picture.
 
     Frame: metres from the middle of the maze, x to the right in the picture, y up. Observation:
@@ -83,7 +92,6 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         (False, 0.25)
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
         "state": (
             Quantity("ball x", "m"),
@@ -102,22 +110,19 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         factors: Any = None,
         render_mode: str | None = None,
     ):
-        if not tolerance > 0:
-            raise ValueError(f"tolerance is {tolerance}, expected metres above 0")
-        self.render_mode = render_mode
-        self.budget = 50
-        self.tolerance = tolerance
         self.walls = _read(layout)
-        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
         boxes = _boxes(self.walls)
         model = _model(boxes, (max(self.walls.shape) - 1) * CELL)
-        self._scene = Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model))
-        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
-        self._factors = factors
+        super().__init__(
+            Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model)),
+            actions=2,
+            budget=50,
+            tolerance=tolerance,
+            factors=factors,
+            render_mode=render_mode,
+        )
         self._cells = np.argwhere(~self.walls)
         self._ways = Ways(boxes, _corners(self.walls))
-        self._goal_picture = self._observation = np.zeros((size, size, 3), np.uint8)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -138,15 +143,6 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._goal_picture = self._scene.place(goal)
         self._observation = self._scene.place(start)
         return self._observation, self._info()
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
-
-        Raises:
-            ValueError: an action of another shape, or one that is not finite.
-        """
-        self._observation = self._scene.step(action)
-        return self._observation, -self.goal_distance(), False, False, self._info()
 
     def goal_distance(self) -> float:
         """Return the length of the way to the goal now, in metres."""
@@ -180,23 +176,12 @@ class MazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         there = middles[generator.choice(order[len(order) // 2 :])]  # in the farther half
         return self._scene.implausible(there, ("ball",), generator)
 
-    def render(self) -> np.ndarray | None:
-        """Return the last observation, or None without a render mode."""
-        return self._observation.copy() if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        """Free the OpenGL context."""
-        self._scene.close()
-
-    def _info(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         data = self._scene.data
         return {
-            "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() <= self.tolerance,
             "state": np.concatenate([data.qpos, data.qvel]),
             "proprio": data.qpos.astype(np.float32),
             "configuration": data.qpos.copy(),
-            "factors": self._scene.values,
         }
 
     def _place(self, name: str, value: Any) -> np.ndarray:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from jepa_world.envs import Quantity
 from jepa_world.envs.tasks import (
     Factor,
     Scene,
+    Task,
     camera,
     color,
     extent,
@@ -40,7 +40,7 @@ CIRCLE = 0.165  # metres; the disc passes the block of any size at this distance
 SQUARE = {"bar": (0.05, 0.025, 0.02), "stem": (0.05, 0.025, 0.02)}  # half sizes of the two halves
 
 
-class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class PushEnv(Task):
     """A disc of 2 cm radius on a table of 0.5 m x 0.5 m pushes a block; the goal is a picture.
 
     Frame: metres from the table's centre, x to the right in the picture, y up; angles in radians,
@@ -73,8 +73,6 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         (True, 0.0172)
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
-
     def __init__(
         self,
         *,
@@ -91,21 +89,20 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError(
                 f"need tolerances above 0, got {tolerance} m and {angle_tolerance} rad"
             )
-        self.render_mode = render_mode
-        self.budget = 50
-        self.tolerance = tolerance
         self.angle_tolerance = angle_tolerance
         self.period = 2 * np.pi if block == "t" else np.pi / 2
         self.quantities = {"state": _quantities(self.period)}
-        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
         model = _model(block)
         self._materials = ("block", "stem") if block == "t" else ("block",)
-        self._scene = Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model))
-        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
-        self._factors = factors
+        super().__init__(
+            Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model)),
+            actions=2,
+            budget=50,
+            tolerance=tolerance,
+            factors=factors,
+            render_mode=render_mode,
+        )
         self._goal = np.zeros(5)
-        self._goal_picture = self._observation = np.zeros((size, size, 3), np.uint8)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -125,15 +122,6 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._goal_picture = self._scene.place(self._goal)
         self._observation = self._scene.place(start)
         return self._observation, self._info()
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
-
-        Raises:
-            ValueError: an action of another shape, or one that is not finite.
-        """
-        self._observation = self._scene.step(action)
-        return self._observation, -self.goal_distance(), False, False, self._info()
 
     def goal_distance(self) -> float:
         """Return the distance of the block to the goal now, in metres."""
@@ -174,14 +162,6 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             there[2:4] = generator.uniform(-PLACE, PLACE, 2)
         return self._scene.implausible(there, self._materials, generator)
 
-    def render(self) -> np.ndarray | None:
-        """Return the last observation, or None without a render mode."""
-        return self._observation.copy() if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        """Free the OpenGL context."""
-        self._scene.close()
-
     @property
     def _radius(self) -> float:
         return float(self._scene.model.geom("disc").size[0])
@@ -196,17 +176,14 @@ class PushEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         half = self.period / 2
         return (goal - angle + half) % self.period - half
 
-    def _info(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         data, fold = self._scene.data, 2 * np.pi / self.period
         angle = fold * data.qpos[4]
         proprio = np.array([*data.qpos[:4], np.cos(angle), np.sin(angle)], np.float32)
         return {
-            "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() <= self.tolerance,
             "state": np.concatenate([data.qpos, data.qvel]),
             "proprio": proprio,
             "configuration": data.qpos.copy(),
-            "factors": self._scene.values,
         }
 
     def _configuration(self, name: str, value: Any) -> np.ndarray:

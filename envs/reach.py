@@ -10,13 +10,13 @@ the same with sines: metres from the shoulder, x to the right in the picture, y 
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from jepa_world.envs import Quantity
 from jepa_world.envs.tasks import (
     Factor,
     Scene,
+    Task,
     camera,
     color,
     known_options,
@@ -35,7 +35,7 @@ TORQUE = 1.0  # N m of an action of 1 in the torque variant
 FAR = 0.25  # metres; the tip moves less in a step
 
 
-class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class ReachEnv(Task):
     """A two-link arm on a table; the goal is a picture of the arm at another configuration.
 
     Observation: (size, size, 3) bytes. Action: two numbers in [-1, 1]; with `control="velocity"` an
@@ -62,7 +62,6 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         >>> observation, reward, terminated, truncated, info = env.step(np.zeros(2, np.float32))
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     quantities: dict[str, tuple[Quantity, ...]] = {  # noqa: RUF012
         "state": (
             Quantity("shoulder", "rad", 2 * np.pi),
@@ -83,20 +82,19 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ):
         if control not in ("velocity", "torque"):
             raise ValueError(f"control is {control!r}, expected 'velocity' or 'torque'")
-        self.render_mode = render_mode
-        self.budget = 15
-        self.tolerance = tolerance
-        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
         model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("reach.xml")))
         if control == "torque":
             model.actuator_gainprm[:, 0] = TORQUE
             model.actuator_biasprm[:] = 0.0
-        self._scene = Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model))
-        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
-        self._factors = factors
+        super().__init__(
+            Scene(model, size=size, substeps=SUBSTEPS, factors=_factors(model)),
+            actions=2,
+            budget=15,
+            tolerance=tolerance,
+            factors=factors,
+            render_mode=render_mode,
+        )
         self._goal_tip = np.zeros(2)
-        self._goal_picture = self._observation = np.zeros((size, size, 3), np.uint8)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -119,15 +117,6 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._observation = self._scene.place(start)
         return self._observation, self._info()
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
-
-        Raises:
-            ValueError: an action of another shape, or one that is not finite.
-        """
-        self._observation = self._scene.step(action)
-        return self._observation, -self.goal_distance(), False, False, self._info()
-
     def goal_distance(self) -> float:
         """Return the distance of the tip to the goal's tip now, in metres."""
         return float(np.linalg.norm(tip(self._scene.data.qpos) - self._goal_tip))
@@ -146,24 +135,13 @@ class ReachEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             pass
         return self._scene.implausible(there, ("upper", "lower", "tip"), generator)
 
-    def render(self) -> np.ndarray | None:
-        """Return the last observation, or None without a render mode."""
-        return self._observation.copy() if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        """Free the OpenGL context."""
-        self._scene.close()
-
-    def _info(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         angles = self._scene.data.qpos
         proprio = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(4)
         return {
-            "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() <= self.tolerance,
             "state": np.concatenate([angles, self._scene.data.qvel]),
             "proprio": proprio.astype(np.float32),
             "configuration": angles.copy(),
-            "factors": self._scene.values,
         }
 
 

@@ -9,12 +9,10 @@ The robots come with the package `mujoco-menagerie`, which fetches each when it 
 from importlib import import_module
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from jepa_world.envs import Quantity
-from jepa_world.envs.arm import side_by_side
-from jepa_world.envs.tasks import Scene, known_options, light, shifted
+from jepa_world.envs.tasks import Scene, Task, known_options, light, shifted
 
 import mujoco  # isort: skip  (after tasks, which chooses OpenGL)
 
@@ -26,7 +24,7 @@ DISTANCE = 1.6  # of the cameras from the middle, in units of the robot's extent
 VIEWS = {"robot_front": ((1, 0, 0), (0, 1, 0)), "robot_side": ((0, -1, 0), (1, 0, 0))}
 
 
-class RobotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class RobotEnv(Task):
     """A robot on its base; the goal is a picture of it in another posture.
 
     Observation: (size, size, 6) bytes, from the front (y to the right) and from the right (x to the
@@ -53,8 +51,6 @@ class RobotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         env = envs.make("franka_emika_panda", size=32)
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
-
     def __init__(
         self,
         robot: str,
@@ -64,33 +60,27 @@ class RobotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         factors: Any = None,
         render_mode: str | None = None,
     ):
-        self.render_mode = render_mode
-        self.budget = 30
-        self.tolerance = tolerance
         model = _with_views(robot)
         _check(robot, model)
-        self._scene = Scene(
-            model,
-            size=size,
-            substeps=max(1, round(STEP / model.opt.timestep)),
-            factors={
-                "light": light(model),
-                "cameras": shifted(model.cam_pos[-len(VIEWS) :], 0.03 * model.stat.extent),
-            },
-            camera=tuple(VIEWS),
+        may_vary = {
+            "light": light(model),
+            "cameras": shifted(model.cam_pos[-len(VIEWS) :], 0.03 * model.stat.extent),
+        }
+        substeps, views = max(1, round(STEP / model.opt.timestep)), tuple(VIEWS)
+        super().__init__(
+            Scene(model, size=size, substeps=substeps, factors=may_vary, camera=views),
+            actions=model.nu,
+            budget=30,
+            tolerance=tolerance,
+            factors=factors,
+            render_mode=render_mode,
         )
-        self._scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
-        self._factors = factors
         self._low, high = model.actuator_ctrlrange.T
         self._half = (high - self._low) / 2
         self._home, self._asked = self._at_home()
         self._still = self._asked
         self._kinematics = mujoco.MjData(model)
         self._goal_bodies = np.zeros((model.nbody, 3))
-        shape = (size, size, 3 * len(VIEWS))
-        self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (model.nu,), np.float32)
-        self._goal_picture = self._observation = np.zeros(shape, np.uint8)
         joints = [model.joint(number) for number in range(model.njnt)]
         slide = [joint.type[0] == mujoco.mjtJoint.mjJNT_SLIDE for joint in joints]
         names = [joint.name or f"joint {joint.id}" for joint in joints]
@@ -124,19 +114,6 @@ class RobotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._observation = self._scene.place(start)
         return self._observation, self._info()
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
-
-        Raises:
-            ValueError: an action of another shape, or one that is not finite.
-        """
-        action = np.asarray(action, np.float64)
-        if action.shape == self._asked.shape and np.isfinite(action).all():
-            self._asked = _moved(self._asked, action)
-            action = self._control(self._asked)
-        self._observation = self._scene.step(action)
-        return self._observation, -self.goal_distance(), False, False, self._info()
-
     def goal_distance(self) -> float:
         """Return how far the farthest body is from its place in the goal now, in metres."""
         return float(self._distances(self._scene.data.qpos))
@@ -154,13 +131,12 @@ class RobotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         positions = self._scene.imagine(given)
         return np.apply_along_axis(self._distances, -1, positions)
 
-    def render(self) -> np.ndarray | None:
-        """Return the views of the last observation side by side, or None without a render mode."""
-        return side_by_side(self._observation) if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        """Free the OpenGL contexts."""
-        self._scene.close()
+    def _given(self, action: np.ndarray) -> np.ndarray:
+        action = np.asarray(action, np.float64)
+        if action.shape != self._asked.shape or not np.isfinite(action).all():
+            return action  # which the scene refuses
+        self._asked = _moved(self._asked, action)
+        return self._control(self._asked)
 
     def _control(self, asked: np.ndarray) -> np.ndarray:
         return self._low + (asked + 1.0) * self._half
@@ -201,15 +177,12 @@ class RobotEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _distances(self, joints: np.ndarray) -> np.ndarray:
         return np.linalg.norm(self._bodies(joints) - self._goal_bodies, axis=-1).max()
 
-    def _info(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Any]:
         data = self._scene.data
         return {
-            "goal": self._goal_picture.copy(),
-            "success": self.goal_distance() <= self.tolerance,
             "state": np.concatenate([data.qpos, data.qvel]),
             "proprio": self._asked.astype(np.float32),
             "configuration": np.concatenate([data.qpos, self._asked]),
-            "factors": self._scene.values,
         }
 
 

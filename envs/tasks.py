@@ -1,8 +1,8 @@
 """What every task is made of: a scene that moves, is seen and varies.
 
-A task is one `.py` beside one `.xml`; it holds a `Scene` and says what an action, a start and a
-goal are. A factor of variation is a number (or several) of the model, of a stated range, that a
-reset draws or is given; what a task is asked to do never depends on it.
+A task is one `.py` beside one `.xml`; it is a `Task`, which holds a `Scene`, and says what an
+action, a start and a goal are. A factor of variation is a number (or several) of the model, of a
+stated range, that a reset draws or is given; what a task is asked to do never depends on it.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 from jepa_world.envs.rendering import SmoothRenderer, choose_gl
@@ -59,6 +60,7 @@ class Scene:
         self.factors = factors
         self._values = {name: factor.default for name, factor in factors.items()}
         cameras = camera if isinstance(camera, tuple) else (camera,)
+        self.shape = (size, size, 3 * len(cameras))
         self._renderers = [SmoothRenderer(model, size=size, camera=one) for one in cameras]
         self._imagined = mujoco.MjData(model)
         self._rollout = rollout.Rollout(nthread=0)
@@ -204,6 +206,85 @@ class Scene:
             state=after,
         )
         return after[:, self.substeps - 1 :: self.substeps]
+
+
+class Task(gymnasium.Env[np.ndarray, np.ndarray]):
+    """What the tasks have in common: an action is held, a goal is a picture, `info` has names.
+
+    A task draws start and goal in `reset`, knows its `goal_distance`, and says what `info` holds
+    beside "goal", "success" and "factors" in `_measured`, and in `_given` what the actuators are
+    given for an action.
+
+    Args:
+        scene: Moves, and is seen.
+        actions: Numbers of an action, each in [-1, 1].
+        budget: Environment steps of an episode, unless it is given others.
+        tolerance: Distance to the goal that counts as success, in metres.
+        factors: Of variation, of all episodes that are not given others.
+        render_mode: "rgb_array", or none.
+
+    Raises:
+        ValueError: a tolerance that is not above 0, factors that are unknown or out of range.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(
+        self,
+        scene: Scene,
+        *,
+        actions: int,
+        budget: int,
+        tolerance: float,
+        factors: Any,
+        render_mode: str | None,
+    ):
+        if not tolerance > 0:
+            raise ValueError(f"tolerance is {tolerance}, expected metres above 0")
+        self.render_mode, self.budget, self.tolerance = render_mode, budget, tolerance
+        self.observation_space = gymnasium.spaces.Box(0, 255, scene.shape, np.uint8)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (actions,), np.float32)
+        scene.vary(factors, np.random.default_rng(0))  # a mistake in them is told now
+        self._scene, self._factors = scene, factors
+        self._goal_picture = self._observation = np.zeros(scene.shape, np.uint8)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Hold an action for 0.1 s; numbers beyond [-1, 1] count as the bound.
+
+        Raises:
+            ValueError: an action of another shape, or one that is not finite.
+        """
+        self._observation = self._scene.step(self._given(action))
+        return self._observation, -self.goal_distance(), False, False, self._info()
+
+    def goal_distance(self) -> float:
+        """Return the distance to the goal now, in metres."""
+        raise NotImplementedError
+
+    def render(self) -> np.ndarray | None:
+        """Return the views of the last observation side by side, or None without a render mode."""
+        if self.render_mode != "rgb_array":
+            return None
+        views = np.split(self._observation, self._observation.shape[-1] // 3, -1)
+        return np.concatenate(views, 1)
+
+    def close(self) -> None:
+        """Free the OpenGL contexts."""
+        self._scene.close()
+
+    def _given(self, action: np.ndarray) -> np.ndarray:
+        return action
+
+    def _measured(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "goal": self._goal_picture.copy(),
+            "success": self.goal_distance() <= self.tolerance,
+            **self._measured(),
+            "factors": self._scene.values,
+        }
 
 
 @dataclass(frozen=True)
