@@ -480,11 +480,16 @@ def fold_pixel_statistics(
 
     The patches' linear map takes the statistics up, in place: it costs nothing later.
 
+    Raises:
+        ValueError: the encoder has a stem in the place of that map.
+
     Example:
         >>> encoder = ViTEncoder((1, 3, 32, 32), dim=64, depth=2, heads=2)
         >>> fold_pixel_statistics(encoder)
     """
     embed = encoder.embed
+    if not isinstance(embed, nn.Linear):
+        raise ValueError("statistics go into a linear map of patches, and the encoder has a stem")
     pixels = embed.in_features // len(mean)
     means, stds = (repeat(torch.tensor(x), "c -> (pixels c)", pixels=pixels) for x in (mean, std))
     with torch.no_grad():
@@ -496,10 +501,13 @@ def to_transformers(encoder: ViTEncoder) -> tuple[Weights, dict[str, Any]]:
     """Return the state dict and the configuration that `transformers.IJepaModel` has for this.
 
     Raises:
-        ValueError: the encoder is built for clips; IJepaModel is for images.
+        ValueError: the encoder is built for clips, has a stem or rotary positions: IJepaModel is
+            for images, and adds positions to a linear map of patches.
     """
     if encoder.grid[0] != 1 or encoder.tubelet != 1:
         raise ValueError(f"encoder has the grid {encoder.grid}: IJepaModel takes one frame")
+    if encoder.rotates or not isinstance(encoder.embed, nn.Linear):
+        raise ValueError("encoder has a stem or rotary positions, which IJepaModel lacks")
     weights: Weights = {}
     for name, value in encoder.state_dict().items():
         if ".attention.qkv." in name:

@@ -6,7 +6,12 @@ import warnings
 import pytest
 import torch
 
-from jepa_world.encoders.pretrained import load_ijepa, save_for_transformers, to_transformers
+from jepa_world.encoders.pretrained import (
+    fold_pixel_statistics,
+    load_ijepa,
+    save_for_transformers,
+    to_transformers,
+)
 from jepa_world.encoders.vit import ViTEncoder
 
 SIZES = [  # image, patch, dim, depth, heads, hidden
@@ -162,6 +167,18 @@ def test_bytes_that_are_no_pickle_are_refused_in_one_line(content, tmp_path):
 def test_an_encoder_of_clips_is_not_exported():
     with pytest.raises(ValueError, match=r"grid \(2, 2, 2\): IJepaModel takes one frame"):
         to_transformers(ViTEncoder((4, 3, 16, 16), tubelet=2, dim=64, depth=1, heads=2))
+
+
+@pytest.mark.parametrize("other", [{"stem": 4}, {"positions": "rotary"}])
+def test_an_encoder_of_another_kind_is_not_exported(other):
+    encoder = ViTEncoder((1, 3, 16, 16), dim=64, depth=1, heads=2, **other)
+    with pytest.raises(ValueError, match="stem or rotary positions, which IJepaModel lacks"):
+        to_transformers(encoder)
+
+
+def test_pixel_statistics_do_not_go_into_a_stem():
+    with pytest.raises(ValueError, match="the encoder has a stem"):
+        fold_pixel_statistics(ViTEncoder((1, 3, 16, 16), dim=64, depth=1, heads=2, stem=4))
 
 
 def test_the_exported_configuration_is_json():
