@@ -79,6 +79,15 @@ def test_a_gradient_reaches_the_targets_when_it_is_not_stopped(stop):
     assert not same.requires_grad
 
 
+def test_the_weight_of_sigreg_falls_geometrically():
+    fall = DESCRIPTION["sigreg"] | {"final_weight": 0.1, "steps": 10}
+    constant, falling = built(DESCRIPTION), built(DESCRIPTION | {"sigreg": fall})
+    for step, weight in ((0, 10.0), (5, 1.0), (10, 0.1), (20, 0.1)):
+        whole, other = (method(batch(4, 16, 16), step) for method in (constant, falling))
+        expected = whole.loss + (weight - 10.0) * whole.terms["sigreg"]
+        torch.testing.assert_close(other.loss, expected)
+
+
 def test_kinds_of_masks_take_turns():
     masks = tube_masks(("short", "long"), GRID)
     shares = [masks(torch.arange(2), step).context.shape[1] for step in range(4)]

@@ -81,6 +81,9 @@ class PredictFlags:
     """Between tokens predicted and tokens to predict; V-JEPA has l1 with its teacher."""
     stop_gradient: bool = True
     """Targets are taken as given. Without, hidden tokens learn to be foretold, too."""
+    final_weight: float | None = None
+    """Where the weight of SIGReg of tokens against the error falls to, geometrically, until the
+    last step. Default: it stays."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,7 @@ def describe(config: TrainVjepa, shape: tuple[int, ...]) -> dict[str, Any]:
     """Return what the checkpoint holds beside the weights: how the method is built."""
     (crop, colour), (weight, whole) = config.views, config.weights
     teacher = {"momentum": MOMENTUM, "steps": config.steps}
+    fall = {"final_weight": config.predict.final_weight, "steps": config.steps}
     return {
         "method": "vjepa",
         "observation_shape": list(shape),
@@ -308,7 +312,7 @@ def describe(config: TrainVjepa, shape: tuple[int, ...]) -> dict[str, Any]:
         "whole": whole,
         "distance": config.predict.distance,
         "stop_gradient": config.predict.stop_gradient,
-        "sigreg": {"slices": 64, "seed": config.seed, "weight": weight},
+        "sigreg": {"slices": 64, "seed": config.seed, "weight": weight, **fall},
         "jepa_world": jepa_world.__version__,
     }
 
@@ -479,5 +483,10 @@ def check(config: TrainVjepa) -> None:
     if config.teacher == "ema" and not config.predict.stop_gradient:
         raise UserError(
             "--predict.no-stop-gradient: a teacher's targets have no gradient, drop one"
+        )
+    final = config.predict.final_weight
+    if final is not None and not 0 < final <= config.weights[0]:
+        raise UserError(
+            f"--predict.final-weight {final}: give one above 0, at most {config.weights[0]}"
         )
     check_objective(config.views, config.weights)

@@ -92,6 +92,8 @@ class IJEPA(nn.Module):
         sigreg: The regulariser.
         masks: Draws what is seen and what is predicted.
         weight: Of SIGReg of tokens (without the factor N) against the prediction error.
+        final_weight: Where this weight falls to, geometrically; as it is, if nothing is said.
+        steps: Of training, over which it falls.
         whole: Of foretelling what is hidden as a whole, a LeJEPA loss of projected mean tokens; 0
             leaves it out.
         views: Makes the image that is seen and the one that is foretold; without, both are it.
@@ -124,6 +126,8 @@ class IJEPA(nn.Module):
         masks: DrawMasks,
         *,
         weight: float,
+        final_weight: float | None = None,
+        steps: int = 1,
         whole: float = 1.0,
         views: Augmentation | None = None,
         share: float = 0.04,
@@ -139,6 +143,7 @@ class IJEPA(nn.Module):
         self.distance: Distance = distance
         self.stop_gradient = stop_gradient
         self.projector = projection_head(self.encoder.dim, 128, 64) if whole else None
+        self.fall, self.steps = (1.0 if final_weight is None else final_weight / weight), steps
         self.weights = {"prediction": 1.0, "sigreg": weight}
         if whole:
             self.weights |= {"whole": whole * (1 - share), "whole_sigreg": whole * share}
@@ -165,7 +170,9 @@ class IJEPA(nn.Module):
         if self.projector is not None:
             q = _full_precision(self.projector(z.mean(1)))
             terms |= {"whole": (q - mean).square().mean(), "whole_sigreg": self.sigreg(q, step)}
-        loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        fallen = self.fall ** min(1.0, step / self.steps)
+        weights = self.weights | {"sigreg": self.weights["sigreg"] * fallen}
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         latent = z.detach().mean(1)
         return Output(loss, {name: term.detach() for name, term in terms.items()}, latent)
 
@@ -348,7 +355,9 @@ def assemble(
     try:
         frames, channels, rows, columns = (int(n) for n in description["observation_shape"])
         part, predicts = (part_from_dict(description[k]) for k in ("encoder", "masked_predictor"))
-        slices, seed, weight = (description["sigreg"][key] for key in ("slices", "seed", "weight"))
+        regular = description["sigreg"]
+        slices, seed, weight = (regular[key] for key in ("slices", "seed", "weight"))
+        fall = {key: regular[key] for key in ("final_weight", "steps") if key in regular}
         smallest, colour = (float(description["views"][key]) for key in ("crop", "colour"))
         whole, teacher = float(description["whole"]), description["teacher"]
         stop_gradient = bool(description.get("stop_gradient", True))
@@ -381,6 +390,7 @@ def assemble(
     return IJEPA(
         *(encoder, predictor, SIGReg(slices=slices, seed=seed), draw),
         weight=weight,
+        **fall,
         whole=whole,
         views=views,
         shape=built_for,
