@@ -27,6 +27,13 @@ def test_a_task_keeps_the_contract(name):
     check_env(envs.make(name, size=32))
 
 
+@pytest.mark.parametrize("name", envs.SHORT_NAMES)
+def test_a_tolerance_that_is_not_above_zero_is_refused(name):
+    for tolerance in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=r"toleranc.* above 0"):
+            gymnasium.make(envs.SHORT_NAMES[name], tolerance=tolerance)
+
+
 def test_every_factor_alone_changes_pictures_or_motion_and_never_the_start(task):
     def played(env):
         actions = actions_of(env, usual_policy(env), np.random.default_rng(0), 25, still=0.0)

@@ -169,6 +169,10 @@ def test_a_stopped_run_goes_on_exactly(description, resumes_exactly):
         ({"views": {}}, "not the description of V-JEPA"),
         ({"observation_shape": [4, 3, 16]}, "not the description of V-JEPA"),
         ({"encoder": {"name": "conv"}}, "has no `grid`"),
+        (
+            {"sigreg": DESCRIPTION["sigreg"] | {"final_weight": "low"}},
+            "not the description of V-JEPA",
+        ),
         ({"observation_shape": [2, 3, 4, 4]}, "masks of"),
     ],
 )

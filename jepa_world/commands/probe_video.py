@@ -173,8 +173,8 @@ def values_by_encoder(
         for seen, view in (("", np.asarray), (", the last frame alone", still)):
             fit_z, z = (clip_tokens(encoder, view(clips)) for clips in (fit, pixels))
             found = {"": attentive_r2(fit_z, fit_y, z, y, seed=config.seed)}
-            spans = {", last step by place": encoder.num_tokens, ", all by place": z.shape[1]}
-            for how, tokens in spans.items():
+            spans = {z.shape[1]: ", all by place", encoder.num_tokens: ", last step by place"}
+            for tokens, how in spans.items():
                 if tokens == encoder.num_tokens or tokens * encoder.dim <= BY_PLACE:
                     sets = fit_z[:, -tokens:], fit_y, z[:, -tokens:], y
                     found[how] = placed_r2(*sets, seed=config.seed)

@@ -357,7 +357,8 @@ def assemble(
         part, predicts = (part_from_dict(description[k]) for k in ("encoder", "masked_predictor"))
         regular = description["sigreg"]
         slices, seed, weight = (regular[key] for key in ("slices", "seed", "weight"))
-        fall = {key: regular[key] for key in ("final_weight", "steps") if key in regular}
+        final, fall_steps = regular.get("final_weight"), max(1, int(regular.get("steps", 1)))
+        final = None if final is None else float(final)
         smallest, colour = (float(description["views"][key]) for key in ("crop", "colour"))
         whole, teacher = float(description["whole"]), description["teacher"]
         stop_gradient = bool(description.get("stop_gradient", True))
@@ -390,7 +391,8 @@ def assemble(
     return IJEPA(
         *(encoder, predictor, SIGReg(slices=slices, seed=seed), draw),
         weight=weight,
-        **fall,
+        final_weight=final,
+        steps=fall_steps,
         whole=whole,
         views=views,
         shape=built_for,
