@@ -145,6 +145,7 @@ def test_an_encoder_of_images_starts_one_of_videos(call, videos, pictures, tmp_p
         (("--clips.frames", 5), "does not divide into patches"),
         (("--clips.stages", 0.9, 2, 16, 0.9, 4, 16), "add up to 1 at most"),
         (("--views", 0, 0), "--views"),
+        (("--clips.frames", 5, "--data", "nowhere"), "does not divide into patches"),  # at once
         (("--predict.masks", "tall"), "tall"),
         (("--predict.share", 0), "--predict.share 0"),
         (("--predict.seen", 1), "--predict.seen 1"),

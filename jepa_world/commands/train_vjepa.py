@@ -133,18 +133,18 @@ def run(config: TrainVjepa) -> None:
         accumulate=config.loop.accumulate,
         compile=config.loop.compile,
     )
-    if accelerator.is_main_process and config.data == DEFAULT:
-        write_default(config.data)
-    accelerator.wait_for_everyone()
-    parts = find_parts(config, accelerator)
-    images = config.clips.images and load_images(config.clips.images, size=config.clips.size)[0]
-
     shape = (config.clips.frames, 3, config.clips.size, config.clips.size)
     description = describe(config, shape)
     torch.manual_seed(config.seed)
     method = checked_vjepa(description, shape)
     if config.start is not None:
         start_from(method, config.start)
+    if accelerator.is_main_process and config.data == DEFAULT:
+        write_default(config.data)
+    accelerator.wait_for_everyone()
+    parts = find_parts(config, accelerator)
+    images = config.clips.images and load_images(config.clips.images, size=config.clips.size)[0]
+
     begin(made, config, description, len(parts.training), accelerator)
     training, held_out = (part.noting(made.folder) for part in (parts.training, parts.held_out))
     accelerator.print(
