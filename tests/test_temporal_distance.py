@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from torch import nn
 
 from jepa_world.agent import Agent
 from jepa_world.checkpoint import load_tensors
-from jepa_world.commands.plan import NARROW, Planning, narrow
+from jepa_world.commands.plan import HORIZON, NARROW, Planning, narrow
 from jepa_world.commands.train_cost import triples
 from jepa_world.config import Part
 from jepa_world.data.trajectories import Trajectories, write_shard
@@ -157,15 +159,18 @@ def test_searches_begin_with_what_the_policy_does_in_imagination(
     planned = ("--episodes", 1, "--budget", 2, "--run-dir", tmp_path / "plan")
     assert call("plan", "--checkpoint", tmp_path / "run", *planned).code == 0
     told = yaml.safe_load((tmp_path / "plan" / "config.yaml").read_text())["planner"]
+    used = json.loads((tmp_path / "plan" / "results.json").read_text())
+    assert used["planner"] == {**told, "std": NARROW} and used["horizon"] == HORIZON
     asked = Planning(planner=Part(told.pop("name"), told))
-    assert narrow(asked).planner.options == {**told, "std": NARROW}
+    assert narrow(asked, model).planner.options == {**told, "std": NARROW}
     for planner in (Part("icem", {"std": 0.9, "samples": 9}), Part("random_shooting")):
-        assert narrow(Planning(planner=planner)).planner == planner
+        assert narrow(Planning(planner=planner), model).planner == planner
 
     again = ("--checkpoint", tmp_path / "run", "--run-dir", tmp_path / "cost")
     assert call("train_cost", *words, *again).code == 0
     without, _ = load_world_model(tmp_path / "cost")
     assert without.policy is None and without.cost is not None
+    assert narrow(asked, without) == asked
 
 
 def test_a_predictor_trained_again_keeps_the_cost_and_the_policy(

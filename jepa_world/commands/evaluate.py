@@ -17,6 +17,7 @@ from jepa_world.commands.plan import (
     make_planners,
     model_steps,
     open_env,
+    search_used,
     shipped,
     stride_of,
     tolerance_of,
@@ -95,7 +96,10 @@ def run(config: Evaluate) -> None:
     if number > 0:
         return
     results = {"env": config.env, "budget": budget, "seeds": seeds}
-    made.finish(results | summary(by_model, others, tolerance))
+    results |= summary(by_model, others, tolerance)
+    for source, (model, _) in zip(sources, models, strict=True):
+        results["models"][str(source)] |= search_used(config, env, model)
+    made.finish(results)
 
 
 def summary(

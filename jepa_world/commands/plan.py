@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jepa_world import envs
 from jepa_world.agent import Agent
 from jepa_world.commands import prepare_process
-from jepa_world.config import OR_ROBOT, Part, part_options, require_at_least
+from jepa_world.config import OR_ROBOT, Part, part_options, require_at_least, to_dict
 from jepa_world.envs.ahead import GoalsAhead
 from jepa_world.envs.blocks import ActionBlocks
 from jepa_world.envs.recorder import Recorder
@@ -122,6 +122,7 @@ def run(config: Plan) -> None:
     results: dict[str, Any] = {
         "env": config.env,
         "checkpoint": str(source),
+        **search_used(config, env, model),
         "success_end": asdict(success_end(episodes, tolerance)),
         "success_ever": asdict(success_ever(episodes, tolerance)),
         "plan_seconds": plan_seconds(episodes),
@@ -263,24 +264,42 @@ def make_agents(
     config: Planning, env: gym.Env[Any, Any], model: WorldModel
 ) -> Callable[[int], Agent]:
     """Return what makes the agent of an episode, from the seed of its start and goal."""
-    build, start = make_planners(config if model.policy is None else narrow(config), env)
+    build, start = make_planners(narrow(config, model), env)
     objective = make_objective(config.objective, model)
     check_objective(objective, model.encoder.num_tokens, model.encoder.dim, *start.shape)
     options: dict[str, Any] = {"history": config.history, "half": config.precision == "bf16"}
     return lambda seed: Agent(model, build(seed), start, objective=objective, **options)
 
 
-def narrow(config: Planning) -> Planning:
-    """Return the configuration with a search that stays near where it begins, unless it says how.
+def narrow(config: Planning, model: WorldModel) -> Planning:
+    """Return the configuration with a search that stays near a policy's plan, unless it says how.
 
-    A wide search from a policy's plan leaves what the data did, and the model's errors show. The
-    planner's own default counts as nothing said.
+    A wide search from there leaves what the data did, and the model's errors show. The planner's
+    own default counts as nothing said. Without a policy the search is as it was.
     """
+    if model.policy is None:
+        return config
     name, options = config.planner.name, config.planner.options
     usual = {option.name: option.default for option in part_options("planner", name)}
     if "std" not in usual or options.get("std", usual["std"]) != usual["std"]:
         return config
     return replace(config, planner=Part(name, {**options, "std": NARROW}))
+
+
+def search_used(config: Planning, env: gym.Env[Any, Any], model: WorldModel) -> dict[str, Any]:
+    """Return what a search with this model is, for results.json: its planner and its horizon."""
+    planner = to_dict(narrow(config, model))["planner"]
+    return {"planner": planner, "horizon": horizon_of(config, stride_in(env))}
+
+
+def horizon_of(config: Planning, stride: int) -> int:
+    """Return the steps of a plan: those asked for, or fewer where a step is several actions."""
+    return config.horizon or (HORIZON if stride == 1 else IN_BLOCKS)
+
+
+def stride_in(env: gym.Env[Any, Any]) -> int:
+    """Return the environment steps that a step of an environment is."""
+    return env.get_wrapper_attr("stride") if env.has_wrapper_attr("stride") else 1
 
 
 def make_objective(terms: Sequence[str] | None, model: WorldModel) -> Objective:
@@ -324,9 +343,8 @@ def make_planners(
     assert isinstance(space, gym.spaces.Box)
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
     known = [option.name for option in part_options("planner", config.planner.name)]
-    stride = env.get_wrapper_attr("stride") if env.has_wrapper_attr("stride") else 1
-    own = space.shape[0] // stride
-    horizon = config.horizon or (HORIZON if stride == 1 else IN_BLOCKS)
+    stride = stride_in(env)
+    own, horizon = space.shape[0] // stride, horizon_of(config, stride)
 
     def build(seed: int) -> Planner:
         options = dict(config.planner.options)
