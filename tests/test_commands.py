@@ -132,6 +132,7 @@ def test_evaluate_leaves_floor_and_ceiling_beside_the_models(evaluated):
         assert RATE == set(rates["success_end"]) == set(rates["success_ever"])
     assert results["success_end"]["n"] == 4 and results["random_floor"]["success_end"]["n"] == 2
     assert {"plan_seconds", "seeds", "tolerance", "budget"} <= set(results)
+    assert all({"planner", "horizon"} <= set(model) for model in results["models"].values())
     distances = list(results["final_distances"].values())
     assert len(distances) == 2 and distances[0] == distances[1]
 

@@ -151,6 +151,7 @@ def test_an_encoder_of_images_starts_one_of_videos(call, videos, pictures, tmp_p
         (("--predict.seen", 1), "--predict.seen 1"),
         (("--predict.final-weight", 11), "--predict.final-weight 11"),
         (("--teacher", "ema", "--predict.no-stop-gradient"), "targets have no gradient"),
+        (("--teacher", "ema", "--predict.final-weight", 1), "a teacher needs no SIGReg"),
         (("--predict.distance", "l3"), "l3"),
         (("--data", "nowhere"), "no videos at 'nowhere'"),
         (("--start", "nowhere"), "nowhere"),

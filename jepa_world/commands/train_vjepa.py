@@ -485,6 +485,8 @@ def check(config: TrainVjepa) -> None:
             "--predict.no-stop-gradient: a teacher's targets have no gradient, drop one"
         )
     final = config.predict.final_weight
+    if final is not None and config.teacher == "ema":
+        raise UserError("--predict.final-weight: a teacher needs no SIGReg, drop one")
     if final is not None and not 0 < final <= config.weights[0]:
         raise UserError(
             f"--predict.final-weight {final}: give one above 0, at most {config.weights[0]}"
