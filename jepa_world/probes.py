@@ -332,12 +332,16 @@ def placed_r2(
 ) -> Float[Tensor, " k"]:
     """Return R^2 on (z, y) of what a perceptron reads from tokens that it knows the places of.
 
-    All numbers of all tokens, of which it sees the first principal components of the fit: an
-    attentive probe tells tokens apart by what is in them alone.
+    All numbers of all tokens, or the first principal components of the fit where there are more
+    than `components` numbers: an attentive probe tells tokens apart by what is in them alone.
+    Fewer numbers are read as they are: made components of one size, those that hardly vary would
+    weigh as much as those that do.
     """
-    mean = fit_z.mean(0).flatten()
-    directions = principal_directions(fit_z.flatten(1) - mean)[:, -components:]
-    fit_x, x = ((tokens.flatten(1) - mean) @ directions for tokens in (fit_z, z))
+    fit_x, x = fit_z.flatten(1), z.flatten(1)
+    if fit_x.shape[1] > components:
+        mean = fit_x.mean(0)
+        directions = principal_directions(fit_x - mean)[:, -components:]
+        fit_x, x = ((tokens - mean) @ directions for tokens in (fit_x, x))
     return r_squared(mlp_read_out(fit_x, fit_y, seed=seed)(x), y)
 
 

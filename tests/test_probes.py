@@ -232,6 +232,15 @@ def test_tokens_are_read_by_their_places_where_nothing_in_them_tells_these():
     assert (placed_r2(*sets[:2], z[1200:].flip(1), y[1200:]) < 0.3).all()
 
 
+def test_what_hardly_varies_in_a_few_tokens_does_not_outweigh_the_rest():
+    common = normal(1300, 1, 1)
+    z = common + 0.05 * normal(1300, 5, 8)
+    y = torch.sin(3 * common[:, 0]).double()
+    sets = z[:1200], y[:1200], z[1200:], y[1200:]
+    assert (placed_r2(*sets) > 0.95).all()
+    assert (placed_r2(*sets, components=39) < 0.9).all()
+
+
 def test_a_network_reads_what_no_plane_through_the_features_tells():
     z = normal(1200, 4)
     y = torch.stack([z[:, 0] * z[:, 1], z[:, 2]], 1).double()
