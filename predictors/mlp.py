@@ -21,6 +21,8 @@ class MLPPredictor(nn.Module):
         width: Units of a hidden layer.
         depth: Number of hidden layers.
         history: Steps seen, the present one included.
+        residual: Every hidden layer but the first adds to what it gets, layer-normed, in place of
+            replacing it: dynamics with contacts are learned better (docs/recipes.md).
 
     Example:
         >>> import torch
@@ -32,13 +34,21 @@ class MLPPredictor(nn.Module):
     """
 
     def __init__(
-        self, dim: int, action_dim: int, *, width: int = 256, depth: int = 3, history: int = 1
+        self,
+        dim: int,
+        action_dim: int,
+        *,
+        width: int = 256,
+        depth: int = 3,
+        history: int = 1,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.history = history
         self.latent_in = nn.Linear(history * dim, width)
         self.action_in = nn.Linear(history * action_dim, width, bias=False)
-        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        layer = _Residual if residual else _Layer
+        self.hidden = nn.ModuleList(layer(width, width) for _ in range(depth - 1))
         self.out = nn.Linear(width, dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -69,10 +79,20 @@ class MLPPredictor(nn.Module):
     def _change(self, latent: Tensor, drive: Tensor) -> Tensor:
         x = F.silu(self.latent_in(latent) + drive)
         for layer in self.hidden:
-            x = F.silu(layer(x))
+            x = layer(x)
         return self.out(x)
 
     def _windows(self, x: Tensor) -> Tensor:
         """Return the last `history` steps of every step, in a new last axis."""
         first = x[:, :1].expand(-1, self.history - 1, *x.shape[2:])
         return torch.cat([first, x], 1).unfold(1, self.history, 1)
+
+
+class _Layer(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
+class _Residual(_Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(F.layer_norm(x, x.shape[-1:]))
