@@ -16,6 +16,7 @@ from jepa_world.testing import check_masked_predictor, check_predictor
 PREDICTORS = {
     "mlp": lambda: MLPPredictor(8, 2, width=32),
     "mlp-deep": lambda: MLPPredictor(8, 2, width=16, depth=3, history=3),
+    "mlp-residual": lambda: MLPPredictor(8, 2, width=16, depth=4, history=2, residual=True),
     "adaln": lambda: AdaLNPredictor(8, 2, width=32, depth=2, heads=2),
     "adaln-dropout": lambda: AdaLNPredictor(8, 2, width=32, depth=2, heads=2, dropout=0.1),
     "block_causal": lambda: BlockCausalPredictor(8, 2, width=32, depth=2, heads=2),
@@ -95,6 +96,17 @@ def test_mlp_repeats_the_first_step_where_the_past_is_missing():
     z, action = torch.randn(2, 1, 1, 8), torch.randn(2, 1, 2)
     repeated = predictor(z.expand(-1, 3, -1, -1), action.expand(-1, 3, -1))[:, -1:]
     torch.testing.assert_close(predictor(z, action), repeated)
+
+
+def test_residual_layers_of_an_mlp_add_and_take_no_notice_of_size():
+    predictor = shaken(MLPPredictor(8, 2, width=16, depth=3, residual=True))
+    plain = MLPPredictor(8, 2, width=16, depth=3)
+    assert set(plain.state_dict()) == set(predictor.state_dict())
+    layer, x = predictor.hidden[0], torch.randn(5, 16)
+    torch.testing.assert_close(layer(x) - x, layer(9 * x) - 9 * x, rtol=1e-4, atol=1e-4)
+    normed = (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
+    linear = normed @ layer.weight.T + layer.bias
+    torch.testing.assert_close(layer(x), x + linear * linear.sigmoid(), rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_of_a_step_see_each_other_but_mlp_tokens_do_not():
