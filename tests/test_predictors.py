@@ -1,4 +1,5 @@
 from itertools import product
+from typing import cast
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_residual_layers_of_an_mlp_add_and_take_no_notice_of_size():
     predictor = shaken(MLPPredictor(8, 2, width=16, depth=3, residual=True))
     plain = MLPPredictor(8, 2, width=16, depth=3)
     assert set(plain.state_dict()) == set(predictor.state_dict())
-    layer, x = predictor.hidden[0], torch.randn(5, 16)
+    layer, x = cast(torch.nn.Linear, predictor.hidden[0]), torch.randn(5, 16)
     torch.testing.assert_close(layer(x) - x, layer(9 * x) - 9 * x, rtol=1e-4, atol=1e-4)
     normed = (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
     linear = normed @ layer.weight.T + layer.bias
