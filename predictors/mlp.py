@@ -89,10 +89,10 @@ class MLPPredictor(nn.Module):
 
 
 class _Layer(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(super().forward(x))
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(super().forward(input))
 
 
 class _Residual(_Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(F.layer_norm(x, x.shape[-1:]))
+    def forward(self, input: Tensor) -> Tensor:
+        return input + super().forward(F.layer_norm(input, input.shape[-1:]))
