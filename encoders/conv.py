@@ -23,6 +23,8 @@ class ConvEncoder(nn.Module):
         width: Channels of the first stage; every later one has twice as many.
         stages: Number of halvings.
         hidden: Width of the projector's hidden layer; none makes the projector linear.
+        patches: Make a token of every place of the last map, in place of one of all: as many rows
+            and columns as the frame has after its halvings.
 
     Raises:
         ValueError: the frame is smaller than 2^stages pixels.
@@ -42,6 +44,7 @@ class ConvEncoder(nn.Module):
         width: int = 16,
         stages: int = 4,
         hidden: int | None = 256,
+        patches: bool = False,
     ) -> None:
         super().__init__()
         _, channels, rows, columns = observation_shape
@@ -50,21 +53,22 @@ class ConvEncoder(nn.Module):
                 f"a frame of {rows} x {columns} pixels is too small for {stages} halvings; "
                 "use more pixels or fewer stages"
             )
-        self.dim, self.num_tokens = dim, 1
         widths = [channels, *(width * 2**stage for stage in range(stages))]
         self.stages = nn.Sequential(*map(_Stage, widths[:-1], widths[1:]))
         area = -(-rows // 2**stages) * -(-columns // 2**stages)
-        self.projector = Projector(area * widths[-1], dim, hidden=hidden)
+        self.dim, self.num_tokens = dim, area if patches else 1
+        self.projector = Projector(area // self.num_tokens * widths[-1], dim, hidden=hidden)
 
     def forward(
         self, video: Float[Tensor, "b t c hh ww"], keep: Int[Tensor, "b k"] | None = None
     ) -> Tensor:
-        """Return `(b t 1 d)`, or `(b k d)` of the frames `keep`."""
+        """Return `(b t n d)`, or `(b k d)` of the tokens `keep`."""
         frames = rearrange(video, "b t c hh ww -> (b t) c hh ww")
         maps = self.stages(frames.contiguous(memory_format=channels_last))
-        z = self.projector(rearrange(maps, "f c hh ww -> f (hh ww c)"))
-        z = rearrange(z, "(b t) d -> b t d", b=len(video))
-        return z.unsqueeze(2) if keep is None else take_tokens(z, keep)
+        maps = rearrange(maps, "f c hh ww -> f (hh ww c)")
+        z = self.projector(rearrange(maps, "f (n c) -> (f n) c", n=self.num_tokens))
+        z = rearrange(z, "(b t n) d -> b t n d", b=len(video), n=self.num_tokens)
+        return z if keep is None else take_tokens(z.flatten(1, 2), keep)
 
 
 class _Stage(nn.Module):

@@ -362,6 +362,7 @@ def _fit_attentive(
     Tokens are standardised by those of `fit_z`.
     """
     mean, std = fit_z.mean((0, 1)), fit_z.std((0, 1)).clamp(min=1e-6)
+    target = target.to(fit_z.device)
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -12,6 +12,7 @@ import torch
 torch.set_num_threads(1)  # the fastest for nets this small
 
 ROOT = Path(__file__).resolve().parents[1]
+ON_CPU = {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}  # two processes, one GPU
 TINY = {
     "encoder.dim": "8",
     "encoder.width": "4",

@@ -189,7 +189,7 @@ def test_help_lists_the_options_of_the_chosen_part(capsys):
         assert not stop.value.code
         return capsys.readouterr().out
 
-    assert "--encoder.stages" in helped() and "--encoder.patch" not in helped()
+    assert "--encoder.stages" in helped() and "Side of a patch" not in helped()
     assert "Side of a patch in pixels" in helped("--encoder", "vit")
 
 

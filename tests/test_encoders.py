@@ -16,6 +16,7 @@ SMALL_VIT: dict[str, Any] = {"depth": 2, "heads": 2}
     [
         (ConvEncoder(FRAME), FRAME),
         (ConvEncoder((1, 6, 40, 56), dim=8, width=4, hidden=16), (1, 6, 40, 56)),
+        (ConvEncoder((1, 6, 40, 56), dim=8, width=4, hidden=16, patches=True), (1, 6, 40, 56)),
         (ViTEncoder(FRAME, dim=64, **SMALL_VIT), FRAME),
         (ViTEncoder((4, 3, 16, 24), tubelet=2, dim=64, **SMALL_VIT), (4, 3, 16, 24)),
         (ViTEncoder(FRAME, dim=64, positions="rotary", **SMALL_VIT), FRAME),
@@ -30,8 +31,8 @@ SMALL_VIT: dict[str, Any] = {"depth": 2, "heads": 2}
         (PooledViTEncoder(FRAME, width=64, **SMALL_VIT), FRAME),
     ],
     ids=[
-        *("conv", "conv-mlp", "vit", "vit-clip", "vit-rotary", "vit-rotary-clip", "vit-stem"),
-        "vit-pooled",
+        *("conv", "conv-mlp", "conv-patches", "vit", "vit-clip", "vit-rotary", "vit-rotary-clip"),
+        *("vit-stem", "vit-pooled"),
     ],
 )
 def test_encoder_keeps_its_contract(encoder, shape):
@@ -43,6 +44,16 @@ def test_conv_takes_bytes_as_they_lie_in_memory():
     pixels = torch.randint(0, 256, (2, 3, 32, 32, 3), dtype=torch.uint8)
     view = pixels.permute(0, 1, 4, 2, 3) / 255
     torch.testing.assert_close(encoder(view), encoder(view.contiguous()), atol=1e-5, rtol=1e-5)
+
+
+def test_conv_makes_a_token_of_every_place_in_raster_order():
+    encoder = ConvEncoder((1, 3, 32, 64), stages=3, patches=True).eval()
+    video = torch.rand(2, 3, 3, 32, 64)
+    assert encoder(video).shape == (2, 3, 4 * 8, 32)
+    other = video.clone()
+    other[..., :4, -4:] = 0  # seen by the last place of the first row and its neighbours
+    moved = (encoder(other) - encoder(video)).abs().amax((0, 1, 3)).unflatten(0, (4, 8))
+    assert moved[0, 7] > 1e-4 and moved[2:].max() < 1e-6 and moved[:, :6].max() < 1e-6
 
 
 def test_conv_latents_of_a_batch_have_mean_zero_and_variance_one():

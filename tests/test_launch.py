@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ON_CPU
 
 from jepa_world.checkpoint import load_tensors
 from jepa_world.data.trajectories import Trajectories
@@ -28,7 +29,7 @@ def launch(name, *words, **options):
 
 
 def execute(line, **options):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ON_CPU | {"OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*map(str, line)], env=environment, capture_output=True, text=True, **options
@@ -140,7 +141,7 @@ def test_sigterm_ends_all_processes_with_one_checkpoint_that_one_process_resumes
     folder = tmp_path / "run"
     words = [*tiny_words, "--data", tiny_data, "--steps", 5000, "--run-dir", folder]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | ON_CPU | {"PYTHONPATH": str(ROOT)}
     line = [*line, *map(str, (ROOT / "train_world_model.py", *words))]
     process = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (folder / "checkpoint/training.safetensors").exists():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ON_CPU
 
 from jepa_world.checkpoint import load_weights
 from jepa_world.config import read_yaml
@@ -184,7 +185,7 @@ def test_two_processes_train_as_one(call, data, tmp_path):
         "--run-dir",
     ]
     assert call("train_lejepa", *words, tmp_path / "one").code == 0
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ON_CPU | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line = [*launch, *map(str, (ROOT / "train_lejepa.py", *words, tmp_path / "two"))]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)

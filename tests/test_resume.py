@@ -325,7 +325,7 @@ torch.set_num_threads(1)
 tqdm.set_lock(threading.RLock())  # forks share its own: one killed with it would stop the others
 how = json.loads(sys.argv[1])
 folder = Path(how.pop("folder"))
-os.environ["ACCELERATE_USE_CPU"] = "1"
+os.environ |= {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
 line(folder / "straight", False)  # what is imported at the first step is so for all forks
 AcceleratorState._reset_state(True)  # a fork may be one of two
 gc.collect()

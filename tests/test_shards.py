@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
+from conftest import ON_CPU
 from PIL import Image
 
 from jepa_world.commands.image_training import open_shards
@@ -21,7 +21,7 @@ from jepa_world.data.shards import Shards, count_samples, find_shards, is_sharde
 from jepa_world.data.video import SUFFIXES as VIDEO_SUFFIXES
 from jepa_world.data.video import write_video
 from jepa_world.registry import UserError
-from jepa_world.training import sharded_index
+from jepa_world.training import make_accelerator, sharded_index
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (9, 4, 11, 1, 8, 7, 12, 8)  # 60 samples
@@ -327,7 +327,7 @@ def launch(folder, kind, data, *, processes, workers, stop=99):
     (folder / "script.py").write_text(SCRIPT)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     line += [f"--nproc_per_node={processes}", folder / "script.py", kind, data, folder]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ON_CPU | {"OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*map(str, [*line, stop, workers])], env=environment, capture_output=True, text=True
@@ -360,7 +360,7 @@ def test_two_processes_of_two_workers_see_every_sample_once_an_epoch_and_resume_
 
 
 def test_counting_is_divided_and_known_to_all(folder):
-    shards = open_shards(folder, SUFFIXES, 8, 0.01, Accelerator(cpu=True))
+    shards = open_shards(folder, SUFFIXES, 8, 0.01, make_accelerator("no", "none", folder))
     assert shards.sizes.tolist() == list(SIZES) and shards.most_open == 10
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ON_CPU
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -311,7 +312,7 @@ assert not any("gloo" in name for name in threads), "one may meet the interprete
 def test_processes_with_uneven_batches_equal_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    cpu = {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    cpu = ON_CPU | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment = os.environ | cpu
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for launch, cuts in ([], ["0", "48"]), (torchrun, ["0", "31", "48"]):
