@@ -24,15 +24,15 @@ from jepa_world.methods.world_model import WorldModel
 from jepa_world.planners.cem import CEM
 
 ROOT = Path(__file__).resolve().parents[1]
-PATCHES = "--encoder vit --encoder.patch 16 --encoder.dim 32 --encoder.depth 2 --encoder.heads 2"
+PATCHES = "--encoder.patches --encoder.stages 5"  # two rows of two tokens
 SMALL = "--predictor.width 64 --predictor.depth 2 --predictor.heads 2"
 ROWS = {
     "recipe": "",
     "vicreg": "--regulariser.name vicreg",
     "ema": "--regulariser.name ema",
     "none": "--regulariser.name none",
-    "patches-adaln": f"{PATCHES} --predictor adaln {SMALL}",
-    "patches-block_causal": f"{PATCHES} --predictor block_causal --predictor.rows 4 {SMALL}",
+    "patches-adaln": f"{PATCHES} --predictor adaln --predictor.history 1 {SMALL}",
+    "patches-block_causal": f"{PATCHES} --predictor block_causal --predictor.rows 2 {SMALL}",
 }
 ACTIONS = 2
 
