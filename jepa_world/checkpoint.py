@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def encoder_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote.
+    """Read what `save_tensors` wrote, the few bits of `in_few_bits` as the weights they stand for.
 
     Raises:
         UserError: the file is missing, cut short, or not safetensors.
@@ -115,9 +116,49 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"checkpoint file {str(path)!r} is damaged: {error}") from error
     if not isinstance(facts, dict):
         raise UserError(f"checkpoint file {str(path)!r} is damaged: its facts are {facts!r}")
+    for key in [key for key in tensors if key.endswith(_SCALE)]:
+        name, scale = key.removesuffix(_SCALE), tensors.pop(key)
+        try:
+            tensors[name] = _widen(tensors[name], scale)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"checkpoint file {str(path)!r} is damaged: {key!r}") from error
     return tensors, facts
 
 
+def in_few_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in about a sixth of the bytes, as `load_tensors` takes them.
+
+    Weights are whole numbers with a scale beside them: those of a large matrix in 4 bits, each 32
+    of a row to their scale, of all else that has two axes or more in 8, a row to its own. Other
+    floating-point tensors are in half precision, the rest as it was.
+    """
+    small = {}
+    for name, x in tensors.items():
+        small[name] = x.half() if x.is_floating_point() else x
+        if x.is_floating_point() and x.dim() > 1:
+            four = x.dim() == 2 and x.numel() >= 2**15 and x.shape[1] % 32 == 0
+            runs = x.float().reshape(len(x), x.shape[1] // 32 if four else 1, -1)
+            top = 7 if four else 127
+            small[name + _SCALE] = scale = (runs.abs().amax(-1) / top).half().clamp_min(_LEAST)
+            codes = (runs / scale[..., None]).round().clamp(-top, top).reshape(x.shape)
+            small[name] = _two_a_byte(codes) if four else codes.to(torch.int8)
+    return small
+
+
+def _two_a_byte(codes: Float[Tensor, "o i"]) -> UInt8[Tensor, "o half"]:
+    halves = (codes + 8).byte()
+    return halves[:, ::2] | halves[:, 1::2] << 4
+
+
+def _widen(codes: Tensor, scale: Float[Tensor, "rows runs"]) -> Tensor:
+    """Return the weights that `in_few_bits` made a pair of tensors of."""
+    if codes.dtype == torch.uint8:  # two a byte
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1).to(torch.int8) - 8
+    weights = codes.reshape(*scale.shape, -1) * scale.float()[..., None]
+    return weights.reshape(codes.shape)
+
+
+_SCALE, _LEAST = "/scale", 2**-24  # no name of a module's tensor holds a slash; float16 ends there
 _DAMAGES = (SafetensorError, OSError, ValueError, LookupError, AttributeError, RecursionError)
 
 

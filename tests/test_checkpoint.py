@@ -6,6 +6,7 @@ from torch import nn
 
 from jepa_world.checkpoint import (
     find_checkpoint,
+    in_few_bits,
     load_tensors,
     load_weights,
     save_tensors,
@@ -37,6 +38,35 @@ def test_the_same_weights_are_the_same_bytes(saved, tmp_path):
     path, network = saved
     save_tensors(tmp_path / "again.safetensors", network.state_dict(), {"step": 7})
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_few_bits_are_a_sixth_of_the_bytes_and_half_a_step_off_at_most(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Linear(256, 256))
+    matrix = network[2].weight.data
+    matrix[0], matrix[1], matrix[2] = 0, 1e-7 * matrix[1], 1e4 * matrix[2]  # each its own scale
+    path, before = tmp_path / "model.safetensors", network.state_dict()
+    save_tensors(path, in_few_bits(before), {})
+    assert path.stat().st_size < sum(x.nbytes for x in before.values()) / 6
+    after, _ = load_tensors(path)
+    assert {k: x.shape for k, x in after.items()} == {k: x.shape for k, x in before.items()}
+    for name, runs, steps in (("0.weight", (16, 1, -1), 254), ("2.weight", (256, 8, -1), 14)):
+        width = 2 * before[name].reshape(runs).abs().amax(-1) / steps
+        off = (after[name] - before[name]).reshape(runs).abs().amax(-1)
+        assert torch.all(off <= 0.51 * width + 2**-24) and off.max() > 0
+    assert torch.equal(after["0.bias"], before["0.bias"].half())
+    assert torch.equal(after["1.num_batches_tracked"], before["1.num_batches_tracked"])
+    load_weights(network, path)
+
+
+@pytest.mark.parametrize("scale", [torch.ones(3, 1), torch.ones(5, 1), torch.ones(3, 3)])
+def test_a_scale_that_fits_no_weights_is_damage(tmp_path, scale):
+    whole = {"weight": torch.ones(3, 4, dtype=torch.int8), "weight/scale": scale}
+    if scale.shape == (3, 1):
+        whole["bias/scale"] = torch.ones(3)  # of a tensor that is not there
+    save_tensors(tmp_path / "model.safetensors", whole, {})
+    with pytest.raises(UserError, match=r"damaged: '(weight|bias)/scale'"):
+        load_tensors(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.7, 0.99])
