@@ -26,7 +26,7 @@ from jepa_world.methods.world_model import load_world_model
 from jepa_world.registry import UserError
 
 
-def ship(run: Path, name: str) -> Path:
+def ship(run: Path, name: str, bits: int = 4) -> Path:
     """Write the checkpoint of a run as the shipped one of an environment, and return its folder.
 
     Raises:
@@ -38,7 +38,7 @@ def ship(run: Path, name: str) -> Path:
         raise UserError(f"{target} is there: nothing is overwritten, remove it first")
     own = model.state_dict().keys()
     tensors, facts = load_tensors(source / "model.safetensors")
-    small = in_few_bits({key: x for key, x in tensors.items() if key in own})
+    small = in_few_bits({key: x for key, x in tensors.items() if key in own}, bits=bits)
     if not all(bool(x.isfinite().all()) for x in small.values()):
         raise UserError(f"{source} holds numbers beyond float16")
     with tempfile.TemporaryDirectory(dir=SHIPPED) as made:
@@ -55,9 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of large matrices")
     options = parser.parse_args()
     try:
-        folder = ship(options.run, options.name)
+        folder = ship(options.run, options.name, options.bits)
     except UserError as error:
         parser.error(str(error))
     size = (folder / "model.safetensors").stat().st_size

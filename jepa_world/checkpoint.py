@@ -125,18 +125,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def in_few_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in about a sixth of the bytes, as `load_tensors` takes them.
+def in_few_bits(tensors: dict[str, Tensor], *, bits: int = 4) -> dict[str, Tensor]:
+    """Return tensors in about a sixth of the bytes (8 bits: a quarter), for `load_tensors` to read.
 
-    Weights are whole numbers with a scale beside them: those of a large matrix in 4 bits, each 32
-    of a row to their scale, of all else that has two axes or more in 8, a row to its own. Other
-    floating-point tensors are in half precision, the rest as it was.
+    Weights are whole numbers with a scale beside them: those of a large matrix in `bits`, 4 or 8,
+    with 4 each 32 of a row to their scale; of all else that has two axes or more in 8, a row to
+    its own. Other floating-point tensors are in half precision, the rest as it was.
     """
     small = {}
     for name, x in tensors.items():
         small[name] = x.half() if x.is_floating_point() else x
         if x.is_floating_point() and x.dim() > 1:
-            four = x.dim() == 2 and x.numel() >= 2**15 and x.shape[1] % 32 == 0
+            large = x.dim() == 2 and x.numel() >= 2**15 and x.shape[1] % 32 == 0
+            four = large and bits == 4
             runs = x.float().reshape(len(x), x.shape[1] // 32 if four else 1, -1)
             top = 7 if four else 127
             small[name + _SCALE] = scale = (runs.abs().amax(-1) / top).half().clamp_min(_LEAST)
