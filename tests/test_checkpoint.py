@@ -42,9 +42,10 @@ def test_the_same_weights_are_the_same_bytes(saved, tmp_path):
 
 def test_few_bits_are_a_sixth_of_the_bytes_and_half_a_step_off_at_most(tmp_path):
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Linear(256, 256))
-    matrix = network[2].weight.data
-    matrix[0], matrix[1], matrix[2] = 0, 1e-7 * matrix[1], 1e4 * matrix[2]  # each its own scale
+    linear = nn.Linear(256, 256)
+    with torch.no_grad():  # rows each of their own scale
+        linear.weight[:3] *= torch.tensor([[0.0], [1e-7], [1e4]])
+    network = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), linear)
     path, before = tmp_path / "model.safetensors", network.state_dict()
     save_tensors(path, in_few_bits(before), {})
     assert path.stat().st_size < sum(x.nbytes for x in before.values()) / 6
