@@ -1,5 +1,6 @@
 """Work spread over processes: spawned here, or those that a launcher started side by side."""
 
+import itertools
 import multiprocessing
 import os
 import threading
@@ -64,11 +65,18 @@ def gather(own: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
     import torch.distributed as dist
     import torch.distributed.nn  # noqa: F401  # imported later, it would keep the group alive
 
-    dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest may take long
+    longest = timedelta(days=7)  # the slowest may take long
+    store, number, count = next(dist.rendezvous("env://", timeout=longest))
+    store.set_timeout(longest)
+    fresh = dist.PrefixStore(f"gather {next(_GATHERED)}", store)  # without a former group's ports
+    dist.init_process_group("gloo", timeout=longest, store=fresh, rank=number, world_size=count)
     shares: list[Any] = [None] * count
     dist.all_gather_object(shares, dict(own))
     dist.destroy_process_group()
     return {name: _dealt_back([share[name] for share in shares]) for name in own}
+
+
+_GATHERED = itertools.count()
 
 
 def _dealt_back(shares: list[list[Result]]) -> list[Result]:

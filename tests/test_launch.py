@@ -114,6 +114,26 @@ def test_launched_processes_plan_what_one_does(command, tiny_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_results_are_gathered_again_when_one_process_is_late(late, tmp_path):
+    """The other one must not take the late one's address of the time before."""
+    script = tmp_path / "twice.py"
+    script.write_text(
+        "import time\n"
+        "from jepa_world.processes import gather, launched\n"
+        "number, _ = launched()\n"
+        "print(gather({'first': [number]}))\n"
+        f"time.sleep(number == {late})\n"
+        "print(gather({'second': [number]}))\n"
+    )
+    done = launch("cpu_2", script, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:4]) == sorted(
+        2 * ["{'first': [0, 1]}", "{'second': [0, 1]}"]
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "processes"), [("cpu_1", 1), ("cpu_2", 2), ("fsdp_8", 2)])
 def test_accelerate_trains_with_the_processes_of_a_file(
     name, processes, tiny_words, tiny_data, tiny_run, tmp_path
