@@ -64,11 +64,13 @@ def gather(own: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
         return {name: list(results) for name, results in own.items()}
     import torch.distributed as dist
     import torch.distributed.nn  # noqa: F401  # imported later, it would keep the group alive
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     longest = timedelta(days=7)  # the slowest may take long
-    store, number, count = next(dist.rendezvous("env://", timeout=longest))
+    store, number, count = next(rendezvous("env://", timeout=longest))
     store.set_timeout(longest)
-    fresh = dist.PrefixStore(f"gather {next(_GATHERED)}", store)  # without a former group's ports
+    fresh = PrefixStore(f"gather {next(_GATHERED)}", store)  # without a former group's ports
     dist.init_process_group("gloo", timeout=longest, store=fresh, rank=number, world_size=count)
     shares: list[Any] = [None] * count
     dist.all_gather_object(shares, dict(own))
