@@ -173,6 +173,10 @@ def test_a_stopped_run_goes_on_exactly(description, resumes_exactly):
             {"sigreg": DESCRIPTION["sigreg"] | {"final_weight": "low"}},
             "not the description of V-JEPA",
         ),
+        (
+            {"sigreg": DESCRIPTION["sigreg"] | {"final_weight": 0.1, "weight": 0.0}},
+            "final_weight 0.1 is not above 0",
+        ),
         ({"observation_shape": [2, 3, 4, 4]}, "masks of"),
     ],
 )

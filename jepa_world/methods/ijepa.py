@@ -359,6 +359,8 @@ def assemble(
         slices, seed, weight = (regular[key] for key in ("slices", "seed", "weight"))
         final, fall_steps = regular.get("final_weight"), max(1, int(regular.get("steps", 1)))
         final = None if final is None else float(final)
+        if final is not None and not 0 < final <= weight:
+            raise ValueError(f"sigreg: final_weight {final} is not above 0, at most {weight}")
         smallest, colour = (float(description["views"][key]) for key in ("crop", "colour"))
         whole, teacher = float(description["whole"]), description["teacher"]
         stop_gradient = bool(description.get("stop_gradient", True))
