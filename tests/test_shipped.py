@@ -27,7 +27,7 @@ def test_a_shipped_model_is_finite_and_all_ours(folder):
     tensors, _ = load_tensors(folder / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     model, description = load_world_model(folder)
-    assert not model.training and description["env"]
+    assert not model.training and description["env"] and description["mujoco"]
 
 
 def test_without_arguments_plan_reaches_goals_and_says_where_it_is_shown(shell, tmp_path):
